@@ -1,0 +1,1 @@
+"""Curricula that ship with rlpost, one a file; README.md shows how to write your own."""

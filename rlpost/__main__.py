@@ -1,0 +1,176 @@
+"""The command line: `rlpost COMMAND RECIPE key=value ...`, or `torchrun ... -m rlpost COMMAND RECIPE key=value ...`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlpost.errors import RecipeError, RunError
+
+if TYPE_CHECKING:
+    from rlpost.recipe import Recipe
+    from rlpost.world import World
+
+BAD_RECIPE, FAILED, INTERRUPTED = 2, 1, 130
+"""Exit codes."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; a problem that a person can solve is one message and an exit code, not a stack."""
+    quiet()
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except RecipeError as error:
+        tell(error, every_rank=False)
+        return BAD_RECIPE
+    except RunError as error:
+        tell(error, every_rank=True)
+        return FAILED
+    except KeyboardInterrupt:
+        tell("interrupted; go on from the last checkpoint with resume=auto", every_rank=False)
+        return INTERRUPTED
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and what they take."""
+    top = argparse.ArgumentParser(prog="rlpost", description="Post-train reasoning models with verifiable rewards.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, run, what in (
+        ("train", train, "reinforcement learning, after the supervised part where the recipe has one"),
+        ("sft", sft, "only the supervised part of a recipe; prints the folder of the model"),
+        ("eval", evaluate, "held-out pass@k of the recipe's model (for another: model.path=FOLDER)"),
+        ("check", check, "find every problem in a recipe without loading a model, and print it resolved"),
+    ):
+        command = commands.add_parser(name, help=what, description=what)
+        command.add_argument("recipe", help="a YAML file")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="such as engine.lr=1e-6")
+        command.set_defaults(run=run)
+    what = "write a run's newest checkpoint as an ordinary Hugging Face folder"
+    command = commands.add_parser("export", help=what, description=what)
+    command.add_argument("run_folder", type=Path, help="such as runs/quickstart")
+    command.add_argument("--to", type=Path, help="the folder to write (default: RUN/model)")
+    command.add_argument("--checkpoint", type=Path, help="another than the newest, such as RUN/checkpoints/step-000010")
+    command.set_defaults(run=export)
+    return top
+
+
+def train(options: argparse.Namespace) -> None:
+    """`rlpost train`."""
+    recipe = checked(options)
+    from rlpost.train import train as run
+    from rlpost.world import World
+
+    with_world(lambda world: run(shown(recipe, world), world), World())
+
+
+def sft(options: argparse.Namespace) -> None:
+    """`rlpost sft`."""
+    recipe = checked(options)
+    from rlpost.sft import base_model
+    from rlpost.world import World
+
+    def run(world: World) -> None:
+        folder = base_model(shown(recipe, world), world)
+        if world.is_main:
+            print(f"model: {folder}")
+
+    with_world(run, World())
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """`rlpost eval`."""
+    recipe = checked(options)
+    from rlpost.run import evaluate_model
+    from rlpost.world import World
+
+    def run(world: World) -> None:
+        figures = evaluate_model(recipe, world)
+        if world.is_main:
+            print(json.dumps(figures, indent=2))
+
+    with_world(run, World())
+
+
+def check(options: argparse.Namespace) -> None:
+    """`rlpost check`."""
+    from rlpost.recipe import to_yaml
+    from rlpost.tasks import load_task_sets
+
+    recipe = checked(options)
+    train_tasks, eval_tasks = load_task_sets(recipe, offline=True)
+    print(to_yaml(recipe), end="")
+    for name, tasks in (("tasks.train", train_tasks), ("tasks.eval", eval_tasks)):
+        print(f"# {name}: {len(tasks)} problems" if tasks else f"# {name}: not read (on the hub, or not given)")
+    print("# no problem found")
+
+
+def export(options: argparse.Namespace) -> None:
+    """`rlpost export`."""
+    from rlpost.export import export_run
+    from rlpost.world import World
+
+    print(f"model: {export_run(options.run_folder, World(), checkpoint=options.checkpoint, to=options.to)}")
+
+
+def checked(options: argparse.Namespace) -> Recipe:
+    """The recipe, loaded and free of every problem that can be seen without a model."""
+    from rlpost.check import load_and_check
+
+    return load_and_check(options.recipe, options.overrides, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def shown(recipe: Recipe, world: World) -> Recipe:
+    """Print the resolved recipe, once."""
+    from rlpost.recipe import to_yaml
+
+    if world.is_main:
+        print(to_yaml(recipe), flush=True)
+    return recipe
+
+
+def with_world(run, world: World) -> None:
+    """Join the ranks, run, and leave them in any case."""
+    world.start()
+    try:
+        run(world)
+    finally:
+        world.stop()
+
+
+def tell(message: object, *, every_rank: bool) -> None:
+    """Say what went wrong on standard error; what every rank knows is said once."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if rank == 0 or every_rank:
+        where = f" (rank {rank})" if size > 1 and every_rank else ""
+        sys.stdout.flush()
+        print(f"error{where}: {message}", file=sys.stderr, flush=True)
+
+
+def quiet() -> None:
+    """Keep the libraries' start-up chatter out of the way of what a person should read."""
+    for name, value in (
+        ("VLLM_LOGGING_LEVEL", "ERROR"),
+        ("DS_LOG_LEVEL", "error"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TQDM_DISABLE", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("GLOO_LOG_LEVEL", "ERROR"),
+        ("TORCH_CPP_LOG_LEVEL", "ERROR"),
+    ):
+        os.environ.setdefault(name, value)
+    for library in ("torch", "deepspeed", "vllm", "transformers"):
+        warnings.filterwarnings("ignore", module=rf"{library}(\..*)?")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

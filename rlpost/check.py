@@ -1,0 +1,294 @@
+"""What the fields of a recipe must be to each other, all of it at once, before a GPU is touched."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rlpost.algorithms import ALGORITHMS
+from rlpost.errors import RecipeError
+from rlpost.plugins import bind, did_you_mean
+from rlpost.recipe import Recipe, Sft, read
+from rlpost.sources import kind_of, source_problems
+
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""What vLLM's attention for CPUs was written for (0.32, `cpu_attn.py`)."""
+CURRICULUM_METHODS = ("select", "observe", "state_dict", "load_state_dict", "metrics")
+
+_BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
+    (
+        "> 0",
+        lambda x: 0 < x < math.inf,
+        "steps prompts_per_step keep_checkpoints model.context model.logp_chunk model.init.hidden_size "
+        "model.init.intermediate_size model.init.num_layers model.init.num_heads model.init.num_kv_heads "
+        "sampling.group_size sampling.max_new_tokens sampling.temperature algorithm.clip_high "
+        "algorithm.minibatches algorithm.epochs generator.kv_cache_gib generator.max_num_seqs "
+        "generator.canary_tolerance engine.lr engine.eps engine.sync_bucket_mib batch.micro_tokens "
+        "batch.row_tokens sft.steps sft.batch_size sft.lr sft.max_seconds evaluation.n evaluation.temperature "
+        "evaluation.max_new_tokens",
+    ),
+    (
+        ">= 0",
+        lambda x: 0 <= x < math.inf,
+        "seed save_every algorithm.kl_coef engine.weight_decay engine.warmup_steps engine.grad_clip sft.warmup_steps "
+        "sft.weight_decay evaluation.every logging.samples_per_step",
+    ),
+    ("in (0, 1)", lambda x: 0 < x < 1, "algorithm.clip_low generator.memory_frac"),
+    ("in (0, 1]", lambda x: 0 < x <= 1, "sft.decay_frac evaluation.top_p"),
+]
+
+
+def load_and_check(path: str | Path, overrides: Sequence[str] = (), world_size: int = 1) -> Recipe:
+    """Load a recipe and check it; one error holds what is wrong with its lines and with what they make together."""
+    recipe, problems = read(path, overrides)
+    unread = tuple(problem.split()[0].rstrip(":") for problem in problems)
+    for problem in check(recipe, world_size):
+        keys = re.findall(r"[\w.]+", problem)
+        # A field that could not be read stands at its default here, about which nothing should be said.
+        if not any(key == name or key.startswith(f"{name}.") for key in keys for name in unread):
+            problems.append(problem)
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def validate(recipe: Recipe, world_size: int = 1) -> None:
+    """Raise everything that `check` finds."""
+    if problems := check(recipe, world_size):
+        raise RecipeError(problems)
+
+
+def check(recipe: Recipe, world_size: int = 1) -> list[str]:
+    """Every problem that shows without loading a model, one line each, naming the recipe key."""
+    return [
+        *_bounds(recipe),
+        *_model(recipe),
+        *_tasks(recipe),
+        *_plugins(recipe),
+        *_algorithm(recipe),
+        *_batches(recipe, world_size),
+        *_lengths(recipe),
+        *_sft(recipe.sft, world_size),
+        *_engine(recipe),
+        *_run(recipe),
+    ]
+
+
+def _bounds(recipe: Recipe) -> list[str]:
+    problems = []
+    for bound, holds, keys in _BOUNDS:
+        for key in keys.split():
+            value: Any = recipe
+            for part in key.split("."):
+                value = getattr(value, part, None)
+            if value is not None and not holds(value):
+                problems.append(f"{key} must be {bound} (got {value})")
+    return problems
+
+
+def _model(recipe: Recipe) -> list[str]:
+    model = recipe.model
+    if (model.path is None) == (model.init is None):
+        found = "neither" if model.path is None else "both"
+        return [f"exactly one of model.path and model.init must be given (got {found}): set the other to null"]
+    problems = _init(recipe) if model.init is not None else _model_path(model.path or "")
+    if model.attention == "flash_attention_2":
+        if find_spec("flash_attn") is None:
+            problems.append("model.attention=flash_attention_2 needs the package flash-attn: install it, or use auto")
+        if model.dtype == "float32":
+            problems.append("model.attention=flash_attention_2 must have model.dtype=bfloat16 (got float32)")
+    return problems
+
+
+def _init(recipe: Recipe) -> list[str]:
+    init = recipe.model.init
+    assert init is not None
+    problems = []
+    if init.tokenizer == "char":
+        repeated = sorted({symbol for symbol in init.alphabet if init.alphabet.count(symbol) > 1})
+        if not init.alphabet:
+            problems.append("model.init.alphabet must be given for model.init.tokenizer=char")
+        if repeated:
+            problems.append(f"model.init.alphabet must have each character once (repeated: {''.join(repeated)!r})")
+    if min(init.num_heads, init.num_kv_heads or 1) < 1:
+        return problems
+    if init.hidden_size % init.num_heads:
+        problems.append(
+            f"model.init.hidden_size must be a multiple of model.init.num_heads (got {init.hidden_size} and "
+            f"{init.num_heads})"
+        )
+    elif recipe.generator.kind == "local_vllm" and (size := init.hidden_size // init.num_heads) not in CPU_HEAD_SIZES:
+        problems.append(
+            f"model.init.hidden_size / model.init.num_heads must be one of {', '.join(map(str, CPU_HEAD_SIZES))} for "
+            f"vLLM (got {size}): change one of them, or use generator.kind=hf"
+        )
+    if init.num_kv_heads and init.num_heads % init.num_kv_heads:
+        problems.append(
+            f"model.init.num_heads must be a multiple of model.init.num_kv_heads (got {init.num_heads} and "
+            f"{init.num_kv_heads})"
+        )
+    return problems
+
+
+def _model_path(name: str) -> list[str]:
+    """A local path must exist; `owner/name` that is no folder here is taken as a hub name and not looked up."""
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        return [] if path.is_file() else [f"model.path: the file {name} does not exist"]
+    if path.is_dir():
+        found = (path / "config.json").is_file()
+        return [] if found else [f"model.path: the folder {name} must have a config.json, as save_pretrained writes it"]
+    if path.exists():
+        return [f"model.path must be a folder, a hub name or a .gguf file (got the file {name})"]
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
+        return [f"model.path: the folder {name!r} does not exist; relative paths start at the current folder"]
+    return []
+
+
+def _tasks(recipe: Recipe) -> list[str]:
+    tasks = recipe.tasks
+    problems = source_problems(tasks.train, "tasks.train")
+    if tasks.eval is None:
+        return problems
+    problems += source_problems(tasks.eval, "tasks.eval")
+    by, extra = recipe.evaluation.by, tasks.eval.extra
+    if by is not None and by not in extra and kind_of(tasks.eval.path) in ("file", "hf"):
+        hint = did_you_mean(by, extra)
+        problems.append(f"evaluation.by must be one of tasks.eval.extra (got `{by}`, and extra has {extra}){hint}")
+    return problems
+
+
+def _plugins(recipe: Recipe) -> list[str]:
+    problems = []
+    if not recipe.rewards:
+        problems.append("rewards must name at least one reward, as in `rewards: [{use: final_number}]`")
+    for index, plugin in enumerate(recipe.rewards):
+        try:
+            bind(plugin, "rewards", where=f"rewards.{index}", skip=1)
+        except RecipeError as error:
+            problems += error.problems
+        weight = plugin.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            problems.append(f"rewards.{index}.weight must be a finite number (got {weight!r})")
+    try:
+        curriculum = bind(recipe.curriculum, "curricula", where="curriculum", skip=1, supplied=("seed",)).func
+    except RecipeError as error:
+        return problems + error.problems
+    lacks = [name for name in CURRICULUM_METHODS if inspect.isclass(curriculum) and not hasattr(curriculum, name)]
+    if lacks:
+        problems.append(f"curriculum.use: `{recipe.curriculum['use']}` must have the methods {', '.join(lacks)}")
+    return problems
+
+
+def _algorithm(recipe: Recipe) -> list[str]:
+    name, sampling = recipe.algorithm.name, recipe.sampling
+    problems = []
+    if name not in ALGORITHMS:
+        hint = did_you_mean(name, ALGORITHMS)
+        problems.append(f"algorithm.name must be one of {', '.join(ALGORITHMS)} (got {name!r}){hint}")
+    if name == "grpo" and sampling.group_size == 1:
+        problems.append(
+            "sampling.group_size must be >= 2 for algorithm.name=grpo (got 1): rewards are compared within a group; "
+            "raise it"
+        )
+    for key, value, whole in (("top_p", sampling.top_p, 1.0), ("top_k", sampling.top_k, 0)):
+        if value != whole:
+            problems.append(
+                f"sampling.{key} must be {whole} in training (got {value}): the trainer's log-probs are over the full "
+                "vocabulary, so a truncated sampler would be another policy; use sampling.temperature"
+            )
+    return problems
+
+
+def _batches(recipe: Recipe, world_size: int) -> list[str]:
+    prompts, minibatches = recipe.prompts_per_step, recipe.algorithm.minibatches
+    if min(prompts, minibatches) < 1:
+        return []
+    if prompts % world_size:
+        return [f"prompts_per_step must be a multiple of the number of ranks (got {prompts} on {world_size})"]
+    if prompts % (world_size * minibatches):
+        return [
+            f"prompts_per_step must divide into algorithm.minibatches on every rank (got {prompts // world_size} a "
+            f"rank and {minibatches} minibatches): make it a multiple of {world_size * minibatches}"
+        ]
+    return []
+
+
+def _lengths(recipe: Recipe) -> list[str]:
+    context = recipe.model.context or _made_for(recipe.model.path)
+    if context is None:
+        return []
+    return [
+        f"{key} must be less than model.context, which holds the prompt too (got {value} and {context})"
+        for key, value in (
+            ("sampling.max_new_tokens", recipe.sampling.max_new_tokens),
+            ("evaluation.max_new_tokens", recipe.evaluation.max_new_tokens or 0),
+        )
+        if value >= context
+    ]
+
+
+def _made_for(path: str | None) -> int | None:
+    """The longest text a model folder was made for, where it says so."""
+    file = Path(path or "").expanduser() / "config.json"
+    if not path or not file.is_file():
+        return None
+    try:
+        made_for = json.loads(file.read_text()).get("max_position_embeddings")
+    except ValueError:
+        return None
+    return made_for if isinstance(made_for, int) else None
+
+
+def _sft(sft: Sft | None, world_size: int) -> list[str]:
+    if sft is None:
+        return []
+    problems = source_problems(sft.tasks, "sft.tasks") + _betas(sft.betas, "sft.betas")
+    if sft.tasks.solution is None:
+        problems.append("sft.tasks.solution must name the column with the text that supervised training imitates")
+    if sft.batch_size % world_size:
+        found = f"{sft.batch_size} on {world_size}"
+        problems.append(f"sft.batch_size must be a multiple of the number of ranks (got {found})")
+    if sft.warmup_steps > sft.steps:
+        problems.append(f"sft.warmup_steps must be <= sft.steps (got {sft.warmup_steps} and {sft.steps})")
+    return problems
+
+
+def _engine(recipe: Recipe) -> list[str]:
+    engine = recipe.engine
+    problems = _betas(engine.betas, "engine.betas")
+    if engine.offload_optimizer and engine.zero_stage == 0:
+        problems.append("engine.offload_optimizer needs engine.zero_stage >= 1 (got 0)")
+    updates = recipe.steps * recipe.algorithm.minibatches * recipe.algorithm.epochs
+    if engine.warmup_steps > updates:
+        problems.append(
+            f"engine.warmup_steps must be <= the run's optimizer steps (got {engine.warmup_steps} of {updates})"
+        )
+    return problems
+
+
+def _betas(betas: Sequence[float], key: str) -> list[str]:
+    fits = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)  # noqa: PLR2004
+    return [] if fits else [f"{key} must be two numbers in [0, 1) (got {list(betas)})"]
+
+
+def _run(recipe: Recipe) -> list[str]:
+    problems = []
+    folder = Path(recipe.run_dir).expanduser().absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        problems.append(f"run_dir must be a folder (got {recipe.run_dir}, and {nearest} is a file)")
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        problems.append(f"run_dir must be writable (got {recipe.run_dir}, and {nearest} is not): choose another")
+    if recipe.resume not in ("never", "auto") and not Path(recipe.resume).expanduser().exists():
+        problems.append(f"resume must be never, auto, or the path of a checkpoint that exists (got {recipe.resume!r})")
+    if recipe.logging.wandb is not None and find_spec("wandb") is None:
+        problems.append("logging.wandb needs the package wandb: install it, or set logging.wandb=null")
+    return problems

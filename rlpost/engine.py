@@ -1,0 +1,180 @@
+"""DeepSpeed behind five verbs: `token_logp`, `backward`, `step`, `save`, `load`. The only file that knows it.
+
+One owner of loss scaling: `reduce_tokens` has divided by the tokens of the whole optimizer step before `backward`, so
+DeepSpeed's own division by accumulation steps is off (`managed_gradient_accumulation: false`: the caller says where an
+optimizer step ends) and its mean over ranks is undone by `dp_size`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlpost.errors import RunError
+from rlpost.policy import Policy
+from rlpost.recipe import EngineRecipe
+from rlpost.types import Micro
+from rlpost.world import World
+
+
+class Engine:
+    """A policy in training: sharded weights, optimizer, learning-rate schedule."""
+
+    def __init__(
+        self, policy: Policy, recipe: EngineRecipe, *, dtype: str, temperature: float, total_updates: int, world: World
+    ) -> None:
+        self.recipe, self.world, self.temperature, self.dtype = recipe, world, temperature, dtype
+        self.updates = 0
+        """Optimizer steps taken: the policy's version."""
+        self.lr = 0.0
+        """Learning rate of the last optimizer step."""
+        self._norm: float | None = None
+        policy.to(world.device)
+        optimizer = torch.optim.AdamW(
+            policy.parameters(),
+            lr=recipe.lr,
+            betas=(recipe.betas[0], recipe.betas[1]),
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+        )
+        clips_itself = recipe.zero_stage == 0 and dtype == "float32"
+        if clips_itself:
+            # DeepSpeed's plain path clips without telling the norm; every other path tells it.
+            optimizer.register_step_pre_hook(self._clip)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(recipe, step, total_updates))
+        self.deepspeed, *_ = _deepspeed().initialize(
+            model=policy,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=deepspeed_config(recipe, dtype, clip=not clips_itself),
+            dist_init_required=False,
+        )
+
+    def token_logp(self, micro: Micro) -> tuple[Tensor, Tensor]:
+        """Log-prob and entropy `[B, T]` of the micro-batch's targets under the policy, at the sampling temperature."""
+        return self.deepspeed(
+            micro.tokens_BT, micro.position_BT, micro.target_BT, micro.mask_BT, temperature=self.temperature
+        )
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradient to that of the optimizer step in progress."""
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """Take one optimizer step with the gradients since the last, and return their norm before clipping."""
+        self.lr = float(self.deepspeed.get_lr()[0])
+        self.deepspeed.step()
+        self.updates += 1
+        norm = self._norm if self._norm is not None else self.deepspeed.get_global_grad_norm()
+        norm = float(norm) if norm is not None else math.nan
+        if not math.isfinite(norm):
+            raise RunError(
+                f"the gradient must be finite (its norm is {norm} at optimizer step {self.updates}): lower engine.lr, "
+                "check the rewards for extreme values, and go on from the last checkpoint with resume=auto"
+            )
+        return norm
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimizer and schedule; every rank calls it and writes its own shard."""
+        self.deepspeed.save_checkpoint(str(folder), tag="engine", client_state={"updates": self.updates})
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, with the same number of ranks."""
+        path, client_state = self.deepspeed.load_checkpoint(str(folder), tag="engine")
+        if path is None:
+            raise RunError(
+                f"resume: {folder} must hold an engine checkpoint: choose another, or start with resume=never"
+            )
+        self.updates = int(client_state["updates"])
+
+    def _clip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        self._norm = float(torch.nn.utils.clip_grad_norm_(params, self.recipe.grad_clip or math.inf))
+
+
+class Frozen:
+    """A policy that is only asked for log-probs: the reference. Sharded where the trained one is (ZeRO-3)."""
+
+    def __init__(self, policy: Policy, recipe: EngineRecipe, *, dtype: str, temperature: float, world: World) -> None:
+        self.temperature = temperature
+        policy.requires_grad_(False).to(world.device)
+        self.policy: Any = policy
+        if recipe.zero_stage == 3 and world.size > 1:
+            config = deepspeed_config(recipe, dtype, clip=False)
+            self.policy, *_ = _deepspeed().initialize(model=policy, config=config, dist_init_required=False)
+
+    @torch.no_grad()
+    def token_logp(self, micro: Micro) -> Tensor:
+        """Log-probs `[B, T]` of the micro-batch's targets."""
+        logp_BT, _ = self.policy(
+            micro.tokens_BT, micro.position_BT, micro.target_BT, micro.mask_BT, temperature=self.temperature
+        )
+        return logp_BT
+
+
+def lr_factor(recipe: EngineRecipe, step: int, total_steps: int) -> float:
+    """What the peak learning rate is multiplied by at a 0-based optimizer step: warm-up, plateau, decay.
+
+    >>> from rlpost.recipe import EngineRecipe
+    >>> [lr_factor(EngineRecipe(schedule="linear", warmup_steps=2), step, 4) for step in range(5)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    if step < recipe.warmup_steps:
+        return (step + 1) / recipe.warmup_steps
+    if recipe.schedule == "constant":
+        return 1.0
+    start = max(recipe.warmup_steps, round(total_steps * (1 - recipe.decay_frac)))
+    done = min(max((step - start) / max(total_steps - start, 1), 0.0), 1.0)
+    return 1 - done if recipe.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def deepspeed_config(recipe: EngineRecipe, dtype: str, *, clip: bool) -> dict[str, Any]:
+    """The DeepSpeed configuration of a recipe; `engine.deepspeed` is merged over it."""
+    zero: dict[str, Any] = {"stage": recipe.zero_stage}
+    if recipe.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "gradient_clipping": recipe.grad_clip if clip else 0.0,
+        "steps_per_print": 2**31,
+    }
+    return _merged(config, recipe.deepspeed)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(base[key], over[key]) for key in base.keys() & over.keys() if isinstance(base[key], dict)}
+    return base | over | both
+
+
+def _deepspeed() -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+def checkpoint_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The whole float32 weights in a checkpoint, whatever ZeRO stage and number of ranks wrote it."""
+    _deepspeed()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    folder = checkpoint / "engine"
+    if any(folder.glob("*optim_states.pt")):
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="engine")
+    [plain] = folder.glob("mp_rank_00_model_states.pt")
+    # DeepSpeed's own pickle, written by this program.
+    return torch.load(plain, map_location="cpu", weights_only=False)["module"]

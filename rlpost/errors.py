@@ -1,0 +1,18 @@
+"""The two kinds of error a user can act on. Both are printed as one message, without a stack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class RunError(Exception):
+    """Something a run needs is missing or broken. The message says what must hold, what was found, and the way out."""
+
+
+class RecipeError(RunError):
+    """Everything that is wrong with a recipe, collected: one line a problem, each naming the recipe key."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        count = f"{len(self.problems)} problem{'s' * (len(self.problems) != 1)} in the recipe"
+        super().__init__("\n".join([f"{count}:", *(f"  - {problem}" for problem in self.problems)]))

@@ -1,0 +1,101 @@
+"""Held-out pass@k.
+
+An answer is correct where the recipe's first reward gives it at least 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlpost.collect import collect, shard
+from rlpost.engine import Engine
+from rlpost.errors import RunError
+from rlpost.generate.base import Generator
+from rlpost.recipe import Evaluation
+from rlpost.render import Renderer
+from rlpost.score import BoundReward, score
+from rlpost.types import Group, Sampling, Task
+from rlpost.world import World
+
+EVAL_SEED_OFFSET = 1 << 20
+"""Keeps the seeds of evaluation apart from those of training."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Everything an evaluation needs but the policy."""
+
+    tasks: Sequence[Task]
+    recipe: Evaluation
+    renderer: Renderer
+    rewards: Sequence[BoundReward]
+    sampling: Sampling
+    seed: int
+    world: World
+
+    def __call__(self, generator: Generator, engine: Engine) -> dict[str, float]:
+        """Sample `n` answers a problem from the engine's policy, and say how many are right.
+
+        The same problems get the same seeds at every call, so that two evaluations differ by the policy alone.
+        """
+        mine = shard(self.tasks, self.world.rank, self.world.size)
+        with generator.awake(engine, engine.updates):
+            groups = collect(
+                generator,
+                self.renderer,
+                mine,
+                self.sampling,
+                group_size=self.recipe.n,
+                first_group=0,
+                seed=self.seed + EVAL_SEED_OFFSET,
+            )
+        score(groups, self.rewards)
+        rows = [row for rows in self.world.all_gather_object([self._row(group) for group in groups]) for row in rows]
+        return tabulate(rows, self.recipe.n)
+
+    def _row(self, group: Group) -> dict[str, Any]:
+        judge = self.rewards[0].name
+        level = group.task.extra.get(self.recipe.by) if self.recipe.by else None
+        return {
+            "correct": sum((rollout.reward_parts[judge] or 0.0) >= 1.0 for rollout in group.rollouts),
+            "level": None if level is None else f"{self.recipe.by}={level}",
+            "tokens": sum(len(rollout.token_ids) for rollout in group.rollouts),
+            "truncated": sum(rollout.truncated for rollout in group.rollouts),
+        }
+
+
+def tabulate(rows: Sequence[dict[str, Any]], n: int) -> dict[str, float]:
+    """pass@k over all problems for every power of two up to n, and pass@1 by level."""
+    if not rows:
+        raise RunError("tasks.eval must hold at least one problem (it is empty): add some, or raise tasks.eval.limit")
+    powers = [1 << i for i in range(n.bit_length())]
+    result: dict[str, float] = {
+        f"pass@{k}": sum(pass_at_k(n, row["correct"], k) for row in rows) / len(rows) for k in powers
+    }
+    result["length_mean"] = sum(row["tokens"] for row in rows) / (n * len(rows))
+    result["truncated_frac"] = sum(row["truncated"] for row in rows) / (n * len(rows))
+    result["num_problems"] = len(rows)
+    result["n"] = n
+    levels = sorted({row["level"] for row in rows if row["level"] is not None}, key=lambda level: (len(level), level))
+    for level in levels:
+        values = [row["correct"] / n for row in rows if row["level"] == level]
+        result[f"pass@1/{level}"] = sum(values) / len(values)
+    return result
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased probability that one of k answers is right, from c right ones among n; Chen et al., arXiv:2107.03374.
+
+    1 - C(n - c, k) / C(n, k) = 1 - prod over i = n - c + 1 .. n of (1 - k / i)
+
+    >>> [round(pass_at_k(4, 2, k), 4) for k in (1, 2, 4)]
+    [0.5, 0.8333, 1.0]
+    """
+    if n - c < k:
+        return 1.0
+    missed = 1.0
+    for i in range(n - c + 1, n + 1):
+        missed *= 1 - k / i
+    return 1 - missed

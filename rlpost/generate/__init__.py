@@ -1,0 +1,1 @@
+"""Generators: interchangeable implementations of one protocol (`base.py`)."""

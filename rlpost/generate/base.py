@@ -1,0 +1,88 @@
+"""What a generator is, and the canary that proves that it samples from the policy being trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from rlpost.errors import RunError
+from rlpost.types import Micro, Request, Rollout, Sampling
+
+if TYPE_CHECKING:
+    from rlpost.engine import Engine
+
+
+@dataclass
+class SyncReport:
+    """What the last weight sync moved and what the canary saw."""
+
+    seconds: float = 0.0
+    num_bytes: int = 0
+    canary_mean: float = math.nan
+    """Mean |trainer - generator| log-prob over the canary's tokens, in nats."""
+    canary_max: float = math.nan
+
+
+class Generator(Protocol):
+    """Samples rollouts. `awake` is the sole owner of the generator's weights and memory."""
+
+    report: SyncReport
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        """All rollouts of all requests, in the order of requests and n in a row for each."""
+        ...
+
+    def awake(self, engine: Engine, version: int) -> AbstractContextManager[None]:
+        """Push the engine's weights, prove that they arrived, let the body generate, and give the memory back."""
+        ...
+
+    def close(self) -> None:
+        """End the generator, while the ranks' process group is still there."""
+        ...
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A fixed token sequence that trainer and generator both score after every weight sync."""
+
+    token_ids: tuple[int, ...]
+    tolerance: float
+    micro: Micro = field(compare=False)
+
+    @classmethod
+    def of(cls, token_ids: Sequence[int], *, tolerance: float, device: torch.device) -> Canary:
+        """A canary of these tokens; the first is given, the others are scored."""
+        tokens_BT = torch.tensor([list(token_ids)], device=device)
+        mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+        mask_BT[:, -1] = False
+        zeros_BT = torch.zeros(tokens_BT.shape, device=device)
+        position_BT = torch.arange(tokens_BT.shape[1], device=device)[None]
+        micro = Micro(tokens_BT, position_BT, tokens_BT.roll(-1, dims=1), mask_BT, zeros_BT, zeros_BT)
+        return cls(tuple(token_ids), tolerance, micro)
+
+    def compare(self, engine: Engine, generator_logp: Sequence[float], report: SyncReport) -> None:
+        """Write the difference into the report; stop the run where its mean is above the tolerance."""
+        with torch.no_grad():
+            logp_BT, _ = engine.token_logp(self.micro)
+        trainer_T = logp_BT[0, :-1].double().cpu()
+        diff_T = (trainer_T - torch.tensor(generator_logp, dtype=torch.float64)).abs()
+        report.canary_mean, report.canary_max = float(diff_T.mean()), float(diff_T.max())
+        if not report.canary_mean <= self.tolerance:
+            raise RunError(
+                f"generator.canary_tolerance: trainer and generator must give the same log-probs after a weight sync, "
+                f"to {self.tolerance:g} nats on average (they differ by {report.canary_mean:.3g}, at most "
+                f"{report.canary_max:.3g}, over {len(diff_T)} tokens): the generator does not sample from the policy "
+                "that is trained. Check that both read the model in the same way (model.dtype, generator.options); "
+                "raise the tolerance only if the difference is rounding"
+            )
+
+
+def canary_tokens(prompt_ids: Sequence[int], vocab_size: int, length: int = 32) -> tuple[int, ...]:
+    """The first tokens of a real prompt, continued by a fixed walk through the vocabulary to a fixed length."""
+    walk = [(7 + 31 * i) % vocab_size for i in range(length)]
+    return tuple([*prompt_ids[: length // 2], *walk][:length])

@@ -1,0 +1,115 @@
+"""Sampling with plain transformers from the very module that is trained: slow, and the reference for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlpost.generate.base import Canary, SyncReport
+from rlpost.types import Request, Rollout, Sampling
+from rlpost.weights import WeightStream
+
+if TYPE_CHECKING:
+    from rlpost.engine import Engine
+    from rlpost.recipe import Recipe
+    from rlpost.render import Renderer
+    from rlpost.world import World
+
+
+class HfGenerator:
+    """A second copy of the model, given the trained weights at every sync, sampling one request at a time."""
+
+    def __init__(self, recipe: Recipe, renderer: Renderer, canary: Canary, world: World) -> None:
+        self.renderer, self.canary, self.world = renderer, canary, world
+        self.bucket_bytes = recipe.engine.sync_bucket_mib << 20
+        self.report = SyncReport()
+        self.version: int | None = None
+        self.model: Any = None
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        """All rollouts of all requests."""
+        return [rollout for request in requests for rollout in self._one(request, sampling)]
+
+    @contextmanager
+    def awake(self, engine: Engine, version: int) -> Iterator[None]:
+        """Copy the engine's weights, prove that they arrived, and let the body generate."""
+        if version != self.version:
+            self._sync(engine)
+            self.version = version
+        self.canary.compare(engine, self._score(), self.report)
+        yield
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self.model = None
+
+    def _sync(self, engine: Engine) -> None:
+        trained = engine.deepspeed.module.model
+        if self.model is None:
+            self.model = type(trained)(trained.config).to(self.world.device, trained.dtype).eval()
+        stream = WeightStream(engine.deepspeed.module, bucket_bytes=self.bucket_bytes)
+        own = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in stream:
+                own[name].copy_(tensor)
+        self.report.num_bytes = stream.num_bytes
+
+    @torch.no_grad()
+    def _score(self) -> list[float]:
+        micro = self.canary.micro
+        logits_TV = self.model(input_ids=micro.tokens_BT).logits[0, :-1].float()
+        return torch.log_softmax(logits_TV, -1).gather(-1, micro.tokens_BT[0, 1:, None]).squeeze(-1).tolist()
+
+    @torch.no_grad()
+    def _one(self, request: Request, sampling: Sampling) -> list[Rollout]:
+        device = self.world.device
+        dice = torch.Generator(device=device).manual_seed(request.seed)
+        stop = torch.tensor(sampling.stop_ids, device=device)
+        step_NT = torch.tensor([request.prompt_ids] * request.n, device=device)
+        cache, tokens, logps = None, [], []
+        alive_N = torch.ones(request.n, dtype=torch.bool, device=device)
+        while len(tokens) < sampling.max_new_tokens and alive_N.any():
+            answer = self.model(input_ids=step_NT, past_key_values=cache, use_cache=True)
+            cache = answer.past_key_values
+            logp_NV = processed_logp(answer.logits[:, -1].float(), sampling)
+            token_N = torch.multinomial(logp_NV.exp(), 1, generator=dice)
+            tokens.append(token_N.squeeze(-1))
+            logps.append(logp_NV.gather(-1, token_N).squeeze(-1))
+            alive_N &= ~torch.isin(tokens[-1], stop)
+            step_NT = token_N
+        token_NT, logp_NT = torch.stack(tokens, -1).tolist(), torch.stack(logps, -1).tolist()
+        return [
+            self._rollout(request, ids, logp, sampling.stop_ids) for ids, logp in zip(token_NT, logp_NT, strict=True)
+        ]
+
+    def _rollout(self, request: Request, ids: list[int], logp: list[float], stop_ids: tuple[int, ...]) -> Rollout:
+        end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), None)
+        return Rollout(
+            task=request.task,
+            group=request.group,
+            prompt_ids=request.prompt_ids,
+            sampled_prompt_ids=request.prompt_ids,
+            token_ids=tuple(ids[:end]),
+            behavior_logp=tuple(logp[:end]),
+            finish_reason="length" if end is None else "stop",
+            version=-1 if self.version is None else self.version,
+            text=self.renderer.decode(ids[:end]),
+        )
+
+
+def processed_logp(logits_NV: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probs of the distribution that is sampled from: temperature, then top-k, then top-p, renormalised."""
+    logits_NV = logits_NV / sampling.temperature
+    if sampling.top_k:
+        kth_N1 = logits_NV.topk(min(sampling.top_k, logits_NV.shape[-1])).values[:, -1:]
+        logits_NV = logits_NV.masked_fill(logits_NV < kth_N1, -torch.inf)
+    if sampling.top_p < 1.0:
+        sorted_NV, order_NV = logits_NV.sort(dim=-1, descending=True)
+        before_NV = torch.softmax(sorted_NV, -1).cumsum(-1) - torch.softmax(sorted_NV, -1)
+        out_NV = torch.zeros_like(logits_NV, dtype=torch.bool).scatter(-1, order_NV, before_NV >= sampling.top_p)
+        logits_NV = logits_NV.masked_fill(out_NV, -torch.inf)
+    return torch.log_softmax(logits_NV, dim=-1)

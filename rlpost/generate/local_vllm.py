@@ -1,0 +1,195 @@
+"""vLLM in the trainer's process: one engine a rank. The only file that knows vLLM's Python interface.
+
+The engine starts with dummy weights: until a sync has pushed the policy's, and the canary has proved it, there is
+nothing sensible to sample from, so a sync that fails cannot hide behind weights read from disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlpost.errors import RunError
+from rlpost.generate.base import Canary, SyncReport
+from rlpost.types import FinishReason, Request, Rollout, Sampling
+from rlpost.weights import WeightStream
+
+if TYPE_CHECKING:
+    from rlpost.engine import Engine
+    from rlpost.recipe import GeneratorRecipe, Recipe
+    from rlpost.render import Renderer
+    from rlpost.world import World
+
+FINISH: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
+
+
+class LocalVllm:
+    """A vLLM engine in this process, fed by the engine that trains."""
+
+    def __init__(
+        self, recipe: Recipe, folder: Path, context: int, renderer: Renderer, canary: Canary, world: World
+    ) -> None:
+        self.recipe, self.renderer, self.canary, self.world = recipe.generator, renderer, canary, world
+        self.bucket_bytes = recipe.engine.sync_bucket_mib << 20
+        self.report = SyncReport()
+        self.version: int | None = None
+        self._can_sleep = world.device.type == "cuda" and recipe.generator.sleep_level > 0
+        self._asleep = False
+        self.llm = _start(recipe, folder, context, world)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        """All rollouts of all requests; one vLLM call."""
+        if not requests:
+            return []
+        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
+        params = [_params(request, sampling, seeded=self.recipe.seeding == "request") for request in requests]
+        with torch.random.fork_rng(devices=[self.world.device] if self.world.device.type == "cuda" else []):
+            torch.manual_seed(_call_seed(requests))
+            outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        version = -1 if self.version is None else self.version
+        return [
+            _rollout(request, output, version, self.renderer)
+            for request, answers in zip(requests, outputs, strict=True)
+            for output in answers.outputs
+        ]
+
+    @contextmanager
+    def awake(self, engine: Engine, version: int) -> Iterator[None]:
+        """Push the engine's weights, prove that they arrived, let the body generate, and sleep where possible."""
+        started = time.perf_counter()
+        if self._asleep:
+            self.llm.wake_up(tags=["weights"])
+        if version != self.version or self.recipe.sleep_level == 2:
+            self._sync(engine)
+            self.version = version
+        if self._asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        self.canary.compare(engine, self._score(self.canary.token_ids), self.report)
+        self.report.seconds = time.perf_counter() - started
+        yield
+        if self._can_sleep:
+            self.llm.sleep(level=self.recipe.sleep_level)
+            self._asleep = True
+
+    def _sync(self, engine: Engine) -> None:
+        stream = WeightStream(engine.deepspeed.module, bucket_bytes=self.bucket_bytes)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(stream)})
+        if not stream.done:
+            raise RunError("generator: vLLM must take every weight of the policy (it stopped early): report this model")
+        self.llm.collective_rpc(_repack_tied_head)
+        self.llm.reset_prefix_cache()
+        self.report.num_bytes = stream.num_bytes
+
+    def close(self) -> None:
+        """Give back memory and process groups, while the process group of the ranks is still there."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def _score(self, token_ids: Sequence[int]) -> list[float]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
+        [answer] = self.llm.generate([{"prompt_token_ids": list(token_ids)}], params, use_tqdm=False)
+        return [table[token].logprob for token, table in zip(token_ids[1:], answer.prompt_logprobs[1:], strict=True)]
+
+
+def _repack_tied_head(worker: Any) -> None:
+    """On a CPU vLLM multiplies by a packed copy of the head, which a reload leaves as it was where the head is tied."""
+    model = worker.model_runner.get_model()
+    head = getattr(model, "lm_head", None)
+    if hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)
+
+
+def _start(recipe: Recipe, folder: Path, context: int, world: World) -> Any:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    on_cpu = world.device.type == "cpu"
+    if on_cpu:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling costs more than it gains on a CPU
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer shares these cores
+    from vllm import LLM
+
+    arguments = {
+        "model": str(folder),
+        "dtype": recipe.model.dtype,
+        "load_format": "dummy",
+        "max_model_len": context,
+        "max_num_seqs": recipe.generator.max_num_seqs,
+        "kv_cache_memory_bytes": int(recipe.generator.kv_cache_gib * 2**30) if on_cpu else None,
+        "gpu_memory_utilization": recipe.generator.memory_frac,
+        "enforce_eager": on_cpu if recipe.generator.enforce_eager is None else recipe.generator.enforce_eager,
+        "enable_sleep_mode": not on_cpu and recipe.generator.sleep_level > 0,
+        "logprobs_mode": "processed_logprobs",
+        "seed": recipe.seed,
+        "disable_log_stats": True,
+        "trust_remote_code": recipe.model.trust_remote_code,
+    }
+    if world.size > 1:
+        arguments["distributed_executor_backend"] = "external_launcher"  # this process is already a rank
+    try:
+        return LLM(**(arguments | recipe.generator.options))
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise RunError(_start_failed(error, recipe.generator, on_cpu=on_cpu)) from error
+
+
+def _start_failed(error: Exception, recipe: GeneratorRecipe, *, on_cpu: bool) -> str:
+    reason = " ".join(str(error).split())
+    key = f"kv_cache_gib={recipe.kv_cache_gib:g}" if on_cpu else f"memory_frac={recipe.memory_frac:g}"
+    if "KV cache" in reason or "cache blocks" in reason or "memory" in reason.lower():
+        return (
+            f"generator.{key} must leave vLLM room for at least one answer of full length (vLLM: {reason}): raise it, "
+            "or lower model.context or sampling.max_new_tokens"
+        )
+    return f"generator: vLLM could not start ({type(error).__name__}: {reason}): check model and generator.options"
+
+
+def _params(request: Request, sampling: Sampling, *, seeded: bool) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=request.n,
+        seed=request.seed if seeded else None,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_new_tokens,
+        stop_token_ids=list(sampling.stop_ids),
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _rollout(request: Request, output: Any, version: int, renderer: Renderer) -> Rollout:
+    token_ids = tuple(output.token_ids)
+    return Rollout(
+        task=request.task,
+        group=request.group,
+        prompt_ids=request.prompt_ids,
+        sampled_prompt_ids=request.prompt_ids,
+        token_ids=token_ids,
+        behavior_logp=_chosen_logp(output.logprobs, len(token_ids)),
+        finish_reason=FINISH.get(output.finish_reason, "abort"),
+        version=version,
+        text=renderer.decode(token_ids),
+    )
+
+
+def _chosen_logp(flat: Any, num_tokens: int) -> tuple[float, ...]:
+    """Log-prob of each chosen token: the first of the entries that vLLM keeps for a position."""
+    return tuple(flat.logprobs[start] for start in flat.start_indices[:num_tokens])
+
+
+def _call_seed(requests: Sequence[Request]) -> int:
+    text = ",".join(f"{request.group}:{request.seed}:{request.n}" for request in requests)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

@@ -1,0 +1,354 @@
+"""A run, as data: the tree of dataclasses behind a recipe YAML, and how it is loaded. `check.py` compares its fields.
+
+A recipe says only what departs from the defaults here and from the vetted defaults of the named algorithm
+(`algorithms.py`). `None` means "decided from the rest of the recipe"; `load` fills it in, so the resolved recipe that
+is printed and saved with the run has no hidden choice left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlpost.algorithms import ALGORITHMS
+from rlpost.errors import RecipeError
+from rlpost.plugins import did_you_mean, make_importable
+from rlpost.yaml_tree import expand, override, parse
+
+CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
+_WORDS: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+
+
+@dataclass
+class InitModel:
+    """A small Llama made from nothing, with a tokenizer that needs no hub."""
+
+    tokenizer: Literal["char", "byte"] = "byte"
+    alphabet: str = ""
+    """The characters that a `char` tokenizer knows; any other is an error, never an unknown token."""
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_layers: int = 3
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    tie_embeddings: bool = True
+
+
+@dataclass
+class Model:
+    """Where the policy's weights come from: `path`, or `init` for a new small one."""
+
+    path: str | None = None
+    """A Hugging Face causal LM folder, a hub name, or a GGUF file."""
+    init: InitModel | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    context: int | None = None
+    """Prompt and completion together, in tokens; None: what the model was made for."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """auto: flash attention's variable-length path where it is installed and there is a GPU, else sdpa."""
+    gradient_checkpointing: bool = False
+    logp_chunk: int = 1024
+    """Tokens whose logits are alive at once."""
+    trust_remote_code: bool = False
+
+
+@dataclass
+class TaskSource:
+    """One data set and how its columns become tasks."""
+
+    path: str = "???"
+    """`file.jsonl`, `file.parquet`, `hf:owner/name[:config]:split`, `reasoning_gym:name`, or `pkg.module:function`."""
+    prompt: str = "prompt"
+    """A column (text, or a list of chat messages), or a template over columns such as `"{Body} {Question}"`."""
+    answer: str | None = "answer"
+    """A column, or a template; None where the rewards need no answer."""
+    answer_regex: str | None = None
+    """Applied to the answer: its first group is kept, such as `"#### (.+)"` for GSM8K."""
+    solution: str | None = None
+    hints: list[str] = field(default_factory=list)
+    """Columns with hints, weak to strong."""
+    extra: list[str] = field(default_factory=list)
+    """Other columns that rewards or tables by level want; they arrive in `task.extra`."""
+    key: str | None = None
+    """A column with a unique id; None: a hash of the prompt."""
+    limit: int | None = None
+    """Use only the first so many."""
+    duplicates: Literal["refuse", "drop"] = "refuse"
+    """Repeated keys or prompts: an error that names them, or all but the first left out. `drop` on `tasks.train` also
+    leaves out what `tasks.eval` holds. `reasoning_gym` draws with replacement, so there it is always `drop`."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Arguments of a `reasoning_gym` task or of a function source."""
+
+
+@dataclass
+class Prompting:
+    """How a task's prompt becomes token ids."""
+
+    chat: bool | None = None
+    """Use the tokenizer's chat template; None: where it has one."""
+    system: str | None = None
+    prefix: str = ""
+    suffix: str = ""
+    """Text around the prompt, such as an instruction on the answer's format."""
+
+
+@dataclass
+class Tasks:
+    """What is trained on and what is held out."""
+
+    train: TaskSource = field(default_factory=TaskSource)
+    eval: TaskSource | None = None
+    prompting: Prompting = field(default_factory=Prompting)
+
+
+@dataclass
+class SamplingRecipe:
+    """How rollouts are drawn in training."""
+
+    group_size: int = 8
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass
+class Algorithm:
+    """The objective. Fields that are None take the vetted default of `name` in `algorithms.py`."""
+
+    name: str = "grpo"
+    clip_low: float | None = None
+    clip_high: float | None = None
+    scale_by_std: bool | None = None
+    """Divide a group's centred rewards by their standard deviation."""
+    drop_zero_spread: bool | None = None
+    """Leave out groups whose rewards are all equal: they carry no gradient."""
+    kl_coef: float | None = None
+    """Weight of the KL to the frozen start policy in the loss; 0: no reference is kept."""
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    minibatches: int = 1
+    """Optimizer steps that one batch of rollouts is divided into."""
+    epochs: int = 1
+    """Passes over one batch of rollouts."""
+
+
+@dataclass
+class GeneratorRecipe:
+    """Who samples rollouts, and with how much memory."""
+
+    kind: Literal["local_vllm", "hf"] = "local_vllm"
+    memory_frac: float = 0.45
+    """Share of each GPU that vLLM takes (GPU only)."""
+    kv_cache_gib: float = 2.0
+    """Size of the key-value cache in GiB (CPU only)."""
+    max_num_seqs: int = 256
+    """Sequences that are decoded at once."""
+    seeding: Literal["call", "request"] = "call"
+    """`call`: one seed a step and rank, fastest. `request`: one a rollout, so that rollouts do not depend on the
+    number of ranks (up to rounding)."""
+    sleep_level: Literal[0, 1, 2] = 1
+    """What vLLM gives back while training (GPU only): 0 nothing, 1 weights to the CPU and the cache, 2 both dropped."""
+    enforce_eager: bool | None = None
+    """No CUDA graphs; None: on a CPU."""
+    canary_tolerance: float | None = None
+    """Largest allowed mean |trainer - generator| log-prob of the canary, in nats; None: 1e-3 in float32, 0.05 in
+    bfloat16."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `vllm.LLM`."""
+
+
+@dataclass
+class EngineRecipe:
+    """DeepSpeed and the optimizer."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    lr: float = 1e-6
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+    decay_frac: float = 1.0
+    """The last part of the optimizer steps, over which `linear` and `cosine` fall to 0."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0: no clipping."""
+    offload_optimizer: bool = False
+    sync_bucket_mib: int = 512
+    """Weights that are gathered at once on their way to the generator."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Merged over the DeepSpeed configuration that is made from the fields above."""
+
+
+@dataclass
+class BatchRecipe:
+    """How rollouts become rows."""
+
+    micro_tokens: int = 8192
+    """Positions in one forward pass of one rank."""
+    row_tokens: int | None = None
+    """Positions of one row, in which several documents are packed; None: `micro_tokens` with flash attention, else 512
+    or the longest document. Plain attention pays for a row's length squared."""
+
+
+@dataclass
+class Sft:
+    """Supervised training on `solution`: `rlpost sft`, and the base model of a recipe that has no trained one."""
+
+    tasks: TaskSource = field(default_factory=TaskSource)
+    steps: int = 500
+    batch_size: int = 64
+    """Documents an optimizer step, over all ranks."""
+    lr: float = 1e-5
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: int = 0
+    decay_frac: float = 1.0
+    """The last part of the steps, over which `linear` and `cosine` fall to 0."""
+    weight_decay: float = 0.0
+    max_seconds: float | None = None
+    """Stop after so much time, for comparisons at equal compute; the schedule still counts steps."""
+
+
+@dataclass
+class Evaluation:
+    """Held-out pass@k."""
+
+    n: int = 8
+    """Samples a problem; pass@k is reported for every power of two up to n."""
+    every: int = 0
+    """Steps between evaluations while training; 0: only before and after."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int | None = None
+    """None: as in training."""
+    by: str | None = None
+    """A field of `task.extra` to break the result down by, such as the level of difficulty."""
+
+
+@dataclass
+class Logging:
+    """Where figures go, beside `metrics.jsonl`."""
+
+    tensorboard: bool = True
+    wandb: str | None = None
+    """A W&B project; None: not used."""
+    samples_per_step: int = 4
+    """Rollouts of a step written to `samples.jsonl`, best and worst first; 0: none."""
+
+
+@dataclass
+class Recipe:
+    """One run."""
+
+    name: str | None = None
+    """The run's folder below `run_dir`; None: the recipe file's name."""
+    run_dir: str = "runs"
+    seed: int = 0
+    steps: int = 100
+    prompts_per_step: int = 32
+    """Over all ranks."""
+    model: Model = field(default_factory=Model)
+    tasks: Tasks = field(default_factory=Tasks)
+    curriculum: dict[str, Any] = field(default_factory=lambda: {"use": "uniform"})
+    """`use`: a name in `curricula/` or a dotted path; the rest are its parameters."""
+    rewards: list[dict[str, Any]] = field(default_factory=list)
+    """Each with `use` (a name in `rewards/` or a dotted path), `weight` (default 1.0), and the reward's parameters."""
+    sampling: SamplingRecipe = field(default_factory=SamplingRecipe)
+    algorithm: Algorithm = field(default_factory=Algorithm)
+    generator: GeneratorRecipe = field(default_factory=GeneratorRecipe)
+    engine: EngineRecipe = field(default_factory=EngineRecipe)
+    batch: BatchRecipe = field(default_factory=BatchRecipe)
+    sft: Sft | None = None
+    """Present: a base model is trained first, once, and kept in `run_dir`."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    logging: Logging = field(default_factory=Logging)
+    save_every: int = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = 2
+    resume: str = "never"
+    """`never`, `auto` (from the newest whole checkpoint, or the start where there is none), or a checkpoint's path."""
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file and `key=value` overrides, every default filled in; plug-ins beside it can be named."""
+    recipe, problems = read(path, overrides)
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
+    """The recipe as far as it makes sense, and every line of it that does not."""
+    path = Path(path)
+    make_importable(Path.cwd())
+    make_importable(path.parent)
+    tree = expand(parse(path))
+    problems: list[str] = []
+    for text in overrides:
+        problems += override(tree, text)
+    config: DictConfig = OmegaConf.structured(Recipe)
+    _merge(config, Recipe, tree, "", problems)
+    for key in sorted(OmegaConf.missing_keys(config)):
+        problems.append(f"{key} must be given")
+        OmegaConf.update(config, key, "")
+    recipe = OmegaConf.to_object(config)
+    assert isinstance(recipe, Recipe)
+    return _fill(recipe, path.stem), problems
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Every field of a recipe, as YAML that loads to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(recipe)))
+
+
+def _merge(config: DictConfig, schema: type, values: Mapping[Any, Any], prefix: str, problems: list[str]) -> None:
+    """Set each leaf by itself, so that one wrong value hides no other."""
+    hints = get_type_hints(schema)
+    for key, value in values.items():
+        where = f"{prefix}{key}"
+        if key not in hints:
+            known = did_you_mean(key, hints) or f" (the keys here are {', '.join(hints)})"
+            problems.append(f"{where}: no such key{known}")
+            continue
+        section = next((kind for kind in (hints[key], *get_args(hints[key])) if is_dataclass(kind)), None)
+        if section is not None and isinstance(value, dict):
+            if config[key] is None:
+                config[key] = section
+            _merge(config[key], section, value, f"{where}.", problems)  # type: ignore[arg-type]
+            continue
+        try:
+            OmegaConf.update(config, key, value)
+        except OmegaConfBaseException:
+            problems.append(f"{where} must be {_description(hints[key])} (got {value!r})")
+
+
+def _description(hint: Any) -> str:
+    """What a type means to the author of a recipe."""
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join("null" if kind is NoneType else _description(kind) for kind in get_args(hint))
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_origin(hint) is list:
+        return f"a list, each {_description(get_args(hint)[0])}"
+    return _WORDS.get(hint, "a mapping of keys to values")
+
+
+def _fill(recipe: Recipe, stem: str) -> Recipe:
+    """The recipe with what is decided from the rest of it."""
+    recipe.name = recipe.name or stem
+    if (defaults := ALGORITHMS.get(recipe.algorithm.name)) is not None:
+        for key, value in asdict(defaults).items():
+            if getattr(recipe.algorithm, key, 0) is None:
+                setattr(recipe.algorithm, key, value)
+    if recipe.evaluation.max_new_tokens is None:
+        recipe.evaluation.max_new_tokens = recipe.sampling.max_new_tokens
+    if recipe.generator.canary_tolerance is None:
+        recipe.generator.canary_tolerance = CANARY_TOLERANCE[recipe.model.dtype]
+    return recipe

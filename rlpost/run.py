@@ -1,0 +1,188 @@
+"""The parts of a run, built in the order of the data flow; what can be wrong is found before memory is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlpost.batch import Packer, make_packer
+from rlpost.checkpoint import Checkpoints, open_run
+from rlpost.engine import Engine, Frozen
+from rlpost.errors import RunError
+from rlpost.evaluate import Evaluator
+from rlpost.generate.base import Canary, Generator, canary_tokens
+from rlpost.metrics import Clock, Metrics
+from rlpost.model_source import context_length, model_folder
+from rlpost.plugins import bind
+from rlpost.policy import load_policy
+from rlpost.recipe import Recipe
+from rlpost.render import Renderer, check_lengths, generation_eos_ids, load_tokenizer
+from rlpost.samples import Samples
+from rlpost.score import BoundReward, bind_rewards
+from rlpost.sft import base_model
+from rlpost.tasks import load_task_sets
+from rlpost.trackers import Trackers
+from rlpost.types import Sampling, Task
+from rlpost.world import World
+
+
+@dataclass
+class Run:
+    """The parts of a run, in the order of the data flow."""
+
+    recipe: Recipe
+    world: World
+    folder: Path
+    """Where the run's files go."""
+    model: Path
+    """The weights and the tokenizer that the run started from."""
+    clock: Clock
+    curriculum: Any
+    renderer: Renderer
+    generator: Generator
+    sampling: Sampling
+    rewards: list[BoundReward]
+    packer: Packer
+    engine: Engine
+    reference: Frozen | None
+    evaluator: Evaluator | None
+    metrics: Metrics
+    trackers: Trackers
+    samples: Samples
+    checkpoints: Checkpoints
+    start_step: int = 0
+    evals: dict[str, Any] = field(default_factory=dict)
+    """Held-out figures `before` and `after`."""
+
+
+def build(recipe: Recipe, world: World) -> Run:
+    """Make every part; text is checked before models are loaded, and the generator takes its memory last."""
+    clock = Clock(torch.cuda.synchronize if world.device.type == "cuda" else None)
+    with clock("setup"):
+        train_tasks, eval_tasks = load_task_sets(recipe)
+        rewards = bind_rewards(recipe.rewards)
+        folder = open_run(recipe, world)
+        with clock("sft"):
+            model = base_model(recipe, world) if recipe.sft else model_folder(recipe, world)
+        renderer, context = make_renderer(recipe, model)
+        check_lengths(train_tasks, renderer, recipe.sampling.max_new_tokens, context, "tasks.train")
+        sampling = training_sampling(recipe, renderer)
+        curriculum = bind(recipe.curriculum, "curricula", where="curriculum", skip=1, supplied=("seed",))
+        evaluator = make_evaluator(recipe, eval_tasks, renderer, context, rewards, world)
+        engine, reference = make_engines(recipe, model, world)
+        run = Run(
+            recipe=recipe,
+            world=world,
+            folder=folder,
+            model=model,
+            clock=clock,
+            curriculum=curriculum(train_tasks, seed=recipe.seed),
+            renderer=renderer,
+            generator=make_generator(recipe, model, context, renderer, train_tasks[0], world),
+            sampling=sampling,
+            rewards=rewards,
+            packer=make_packer(recipe, world),
+            engine=engine,
+            reference=reference,
+            evaluator=evaluator,
+            metrics=Metrics(world),
+            trackers=Trackers(folder, recipe, world),
+            samples=Samples(folder, recipe.logging.samples_per_step),
+            checkpoints=Checkpoints(folder, world, keep=recipe.keep_checkpoints),
+        )
+        resume(run)
+    clock.lap()
+    return run
+
+
+def resume(run: Run) -> None:
+    """Go on from a checkpoint where the recipe asks for it and there is one."""
+    if run.recipe.resume == "never":
+        return
+    path = run.checkpoints.newest() if run.recipe.resume == "auto" else Path(run.recipe.resume)
+    if path is not None:
+        state = run.checkpoints.load(path, run.engine)
+        run.curriculum.load_state_dict(state["curriculum"])
+        run.clock.load_state_dict(state["clock"])
+        run.evals.update(state["evals"])
+        run.start_step = int(state["step"])
+    run.trackers.rewind(run.start_step)
+    if run.world.is_main:
+        run.samples.rewind(run.start_step)
+
+
+def make_renderer(recipe: Recipe, model: Path) -> tuple[Renderer, int]:
+    """The renderer of a model folder, and the context in tokens."""
+    context = context_length(recipe.model, model)
+    tokenizer = load_tokenizer(model, trust_remote_code=recipe.model.trust_remote_code)
+    return Renderer(tokenizer, recipe.tasks.prompting, context, eos_ids=generation_eos_ids(model)), context
+
+
+def training_sampling(recipe: Recipe, renderer: Renderer) -> Sampling:
+    """How rollouts are drawn in training."""
+    asked = recipe.sampling
+    return Sampling(asked.max_new_tokens, asked.temperature, asked.top_p, asked.top_k, renderer.stop_ids)
+
+
+def make_evaluator(
+    recipe: Recipe,
+    tasks: list[Task],
+    renderer: Renderer,
+    context: int,
+    rewards: list[BoundReward],
+    world: World,
+) -> Evaluator | None:
+    """The held-out evaluation, where there are held-out tasks."""
+    if not tasks:
+        return None
+    asked = recipe.evaluation
+    max_new_tokens = asked.max_new_tokens or recipe.sampling.max_new_tokens
+    check_lengths(tasks, renderer, max_new_tokens, context, "tasks.eval")
+    sampling = Sampling(max_new_tokens, asked.temperature, asked.top_p, stop_ids=renderer.stop_ids)
+    return Evaluator(tasks, asked, renderer, rewards, sampling, recipe.seed, world)
+
+
+def make_engines(recipe: Recipe, model: Path, world: World) -> tuple[Engine, Frozen | None]:
+    """The engine that trains, and the frozen reference where the objective asks for one."""
+    shared: dict[str, Any] = {
+        "dtype": recipe.model.dtype,
+        "temperature": recipe.sampling.temperature,
+        "world": world,
+    }
+    updates = recipe.steps * recipe.algorithm.minibatches * recipe.algorithm.epochs
+    engine = Engine(load_policy(model, recipe.model), recipe.engine, total_updates=updates, **shared)
+    if not recipe.algorithm.kl_coef:
+        return engine, None
+    return engine, Frozen(load_policy(model, recipe.model), recipe.engine, **shared)
+
+
+def make_generator(
+    recipe: Recipe, model: Path, context: int, renderer: Renderer, first_task: Task, world: World
+) -> Generator:
+    """The generator that the recipe names, with a canary cut from the first training prompt."""
+    tolerance = recipe.generator.canary_tolerance
+    assert tolerance is not None
+    prompt_ids = renderer.prompt_ids(first_task)
+    canary = Canary.of(canary_tokens(prompt_ids, len(renderer.tokenizer)), tolerance=tolerance, device=world.device)
+    if recipe.generator.kind == "hf":
+        from rlpost.generate.hf import HfGenerator
+
+        return HfGenerator(recipe, renderer, canary, world)
+    from rlpost.generate.local_vllm import LocalVllm
+
+    return LocalVllm(recipe, model, context, renderer, canary, world)
+
+
+def evaluate_model(recipe: Recipe, world: World) -> dict[str, float]:
+    """Held-out figures of the recipe's start model, without a run."""
+    train_tasks, eval_tasks = load_task_sets(recipe)
+    model = base_model(recipe, world) if recipe.sft else model_folder(recipe, world)
+    renderer, context = make_renderer(recipe, model)
+    evaluator = make_evaluator(recipe, eval_tasks, renderer, context, bind_rewards(recipe.rewards), world)
+    if evaluator is None:
+        raise RunError("tasks.eval must name the held-out problems (the recipe has none): add tasks.eval.path")
+    engine, _ = make_engines(recipe, model, world)
+    return evaluator(make_generator(recipe, model, context, renderer, eval_tasks[0], world), engine)

@@ -1,0 +1,82 @@
+"""A few rollouts of each step in `samples.jsonl`, for readers: the best and the worst first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from rlpost.trackers import rewind_jsonl
+from rlpost.types import Group, Rollout, Task
+
+
+class Samples:
+    """Writes `per_step` rollouts of a step; 0, as ranks other than the main one have it, writes none."""
+
+    def __init__(self, run_dir: Path, per_step: int) -> None:
+        self.path = run_dir / "samples.jsonl"
+        self.per_step = per_step
+
+    def rewind(self, step: int) -> None:
+        """Forget the samples of `step` and later: the run continues there."""
+        if self.per_step:
+            rewind_jsonl(self.path, step)
+
+    def write(self, step: int, groups: Sequence[Group]) -> None:
+        """Append this step's samples."""
+        chosen = best_and_worst([rollout for group in groups for rollout in group.rollouts], self.per_step)
+        if not chosen:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(sample(step, rollout), ensure_ascii=False) + "\n" for rollout in chosen)
+
+
+def best_and_worst(rollouts: Sequence[Rollout], n: int) -> list[Rollout]:
+    """Take n rollouts from both ends of the order by reward in turn, the best first; unjudged ones come last."""
+    judged = [(rollout.reward, rollout) for rollout in rollouts if rollout.reward is not None]
+    ranked = [rollout for _, rollout in sorted(judged, key=lambda pair: -pair[0])]
+    middle = (len(ranked) + 1) // 2
+    best, worst = ranked[:middle], ranked[middle:][::-1]
+    turns = [rollout for pair in zip(best, worst, strict=False) for rollout in pair] + best[len(worst) :]
+    return (turns + [rollout for rollout in rollouts if rollout.reward is None])[:n]
+
+
+def sample(step: int, rollout: Rollout) -> dict[str, Any]:
+    """One rollout as a JSON object that a person can read."""
+    return {
+        "step": step,
+        "task": rollout.task.key,
+        "prompt": prompt_text(rollout.task),
+        "answer": rollout.task.answer,
+        "completion": rollout.text,
+        "reward": rollout.reward,
+        "parts": rollout.reward_parts,
+        "finish_reason": rollout.finish_reason,
+        "num_tokens": len(rollout.token_ids),
+    }
+
+
+def prompt_text(task: Task) -> str:
+    """The task's prompt as text; chat messages as one `role: content` a line.
+
+    >>> prompt_text(Task("a", [{"role": "user", "content": "1+1="}]))
+    'user: 1+1='
+    """
+    if isinstance(task.prompt, str):
+        return task.prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in task.prompt)
+
+
+def render(sample: Mapping[str, Any]) -> Text:
+    """One sample for rich to print; never as markup, which would eat the backslash of a completion's `\\[`."""
+    reward = "unjudged" if sample["reward"] is None else f"{sample['reward']:.3g}"
+    parts = ", ".join(f"{name} {'-' if value is None else f'{value:.3g}'}" for name, value in sample["parts"].items())
+    return Text.assemble(
+        (f"step {sample['step']}  task {sample['task']}  reward {reward} ({parts})\n", "bold"),
+        (f"{sample['prompt']}\n", "dim"),
+        f"{sample['completion']}\n",
+        (f"{sample['num_tokens']} tokens, {sample['finish_reason']}; answer: {sample['answer']}", "dim"),
+    )

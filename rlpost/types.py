@@ -1,0 +1,192 @@
+"""The records that flow through a run, in the order in which they are made.
+
+Shape legend, used as suffixes of tensors and nested lists everywhere:
+`P` prompts of this rank's step, `G` samples per prompt, `N = P * G` rollouts, `B` rows of a micro-batch,
+`T` positions of a row, `V` vocabulary. A micro-batch is packed: one row holds several documents one after another.
+
+Names of policies: `logp` is the policy being trained, `behavior_logp` what the generator sampled with, `ref_logp` the
+frozen reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One problem, as the tasks file gave it.
+
+    >>> task = Task(key="a1", prompt="7-0+6=", answer="13", extra={"terms": 3})
+    >>> task.answer, task.extra["terms"]
+    ('13', 3)
+    """
+
+    key: str
+    """Stable: the same row has the same key in every run, on every rank."""
+    prompt: str | Sequence[Mapping[str, str]]
+    """Plain text, or chat messages (`{"role": ..., "content": ...}`)."""
+    answer: str | None = None
+    solution: str | None = None
+    """A worked solution: what supervised training imitates and what hints are cut from."""
+    hints: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Any other columns that the recipe asked for, for rewards and for tables by level."""
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn.
+
+    >>> Sampling(max_new_tokens=64).temperature
+    1.0
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: the whole vocabulary."""
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Ask the generator for `n` rollouts of one prompt.
+
+    >>> request = Request(group=3, task=Task("a", "1+1="), prompt_ids=(5, 6), n=8, seed=17)
+    >>> request.n
+    8
+    """
+
+    group: int
+    """Which group the rollouts belong to: an integer from the sampler, never the prompt's text."""
+    task: Task
+    prompt_ids: tuple[int, ...]
+    n: int
+    seed: int
+    """Rollout i of this request is drawn with seed + i where the generator seeds each rollout."""
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One sampled answer. Token ids stay as the generator returned them; text is only for rewards and readers.
+
+    >>> r = Rollout(Task("a", "1+1=", "2"), group=0, prompt_ids=(5, 6), sampled_prompt_ids=(5, 6),
+    ...             token_ids=(7, 1), behavior_logp=(-0.1, -0.2), finish_reason="stop", version=0, text="2")
+    >>> len(r.token_ids) == len(r.behavior_logp), r.truncated
+    (True, False)
+    """
+
+    task: Task
+    group: int
+    prompt_ids: tuple[int, ...]
+    """What the loss conditions on."""
+    sampled_prompt_ids: tuple[int, ...]
+    """What the generator saw: longer than `prompt_ids` when a hint was shown."""
+    token_ids: tuple[int, ...]
+    """The completion, end token included where the generator produced one."""
+    behavior_logp: tuple[float, ...]
+    """Natural-log probability of each token under the distribution it was sampled from (temperature applied)."""
+    finish_reason: FinishReason
+    version: int
+    """The policy version (optimizer-step count at the last weight sync) that wrote the tokens."""
+    text: str = ""
+    role: Literal["policy", "guided", "expert"] = "policy"
+    reward: float | None = None
+    """Weighted sum of the parts; None until scored, or where no reward could judge."""
+    reward_parts: dict[str, float | None] = field(default_factory=dict)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the answer ran into the length limit."""
+        return self.finish_reason == "length"
+
+
+@dataclass(slots=True)
+class Group:
+    """All rollouts of one prompt in one step.
+
+    >>> group = Group(id=0, task=Task("a", "1+1="), rollouts=[])
+    >>> group.rewards
+    []
+    """
+
+    id: int
+    task: Task
+    rollouts: list[Rollout]
+
+    @property
+    def rewards(self) -> list[float | None]:
+        """Rewards [G]; None where a rollout could not be judged."""
+        return [rollout.reward for rollout in self.rollouts]
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether two judged rewards differ: compared exactly, where a float standard deviation would see noise."""
+        return len({reward for reward in self.rewards if reward is not None}) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a curriculum learns about one group: the task and what its rollouts scored.
+
+    >>> Outcome(key="a", rewards=(1.0, 0.0), step=4).mean
+    0.5
+    """
+
+    key: str
+    rewards: tuple[float | None, ...]
+    step: int
+
+    @property
+    def mean(self) -> float | None:
+        """Mean of the rewards that could be judged; None where there is none."""
+        judged = [reward for reward in self.rewards if reward is not None]
+        return sum(judged) / len(judged) if judged else None
+
+
+@dataclass(frozen=True, slots=True)
+class Micro:
+    """One forward pass: B rows of T positions, several documents packed in a row.
+
+    Position t predicts the token at t + 1, so every `_BT` tensor below `position_BT` speaks of the token that follows.
+
+    >>> import torch
+    >>> row = Micro(tokens_BT=torch.tensor([[5, 6, 7, 1]]), position_BT=torch.tensor([[0, 1, 2, 3]]),
+    ...             target_BT=torch.tensor([[6, 7, 1, 0]]), mask_BT=torch.tensor([[False, True, True, False]]),
+    ...             behavior_logp_BT=torch.zeros(1, 4), adv_BT=torch.zeros(1, 4))
+    >>> int(row.mask_BT.sum())                       # prompt 5 6, answer 7 1: two trained tokens
+    2
+    """
+
+    tokens_BT: Tensor
+    position_BT: Tensor
+    """Restarts at 0 with every document; this is what keeps documents apart in attention."""
+    target_BT: Tensor
+    mask_BT: Tensor
+    """True where the target is trained."""
+    behavior_logp_BT: Tensor
+    """0 wherever `mask_BT` is False, and always finite."""
+    adv_BT: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One optimizer step of one rank: equally many micro-batches on every rank.
+
+    >>> Batch(micros=(), step_tokens=128).step_tokens
+    128
+    """
+
+    micros: tuple[Micro, ...]
+    step_tokens: int
+    """Trained tokens of the whole optimizer step, over all ranks and micro-batches: the denominator of the loss."""

@@ -1,0 +1,83 @@
+"""The ranks of a run: one process a GPU (or a CPU share), started by `torchrun` or alone.
+
+Every rank runs the same lines and the same number of collectives.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""Longer than any phase in which one rank waits for another, such as the longest answer of a step."""
+
+
+class World:
+    """This process's place among the ranks, and the few collectives that the training loop uses."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and talks to the person who started the run."""
+        return self.rank == 0
+
+    def start(self) -> World:
+        """Join the other ranks: NCCL with GPUs, gloo without."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.size == 1 and "MASTER_ADDR" not in os.environ:
+            alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "RANK": "0", "WORLD_SIZE": "1"}
+            os.environ.update(alone, LOCAL_RANK="0")
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        return self
+
+    def stop(self) -> None:
+        """Leave the process group, so that no rank waits for one that has ended."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            dist.all_reduce(torch.zeros(1))
+
+    def all_gather_object(self, item: Any) -> list[Any]:
+        """Every rank's `item`, in the order of ranks, on every rank."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def sum(self, value: int) -> int:
+        """The sum of an integer over all ranks."""
+        return self._reduce(value, dist.ReduceOp.SUM)
+
+    def max(self, value: int) -> int:
+        """The largest of an integer over all ranks."""
+        return self._reduce(value, dist.ReduceOp.MAX)
+
+    def _reduce(self, value: int, op: dist.ReduceOp.RedOpType) -> int:
+        if self.size == 1:
+            return value
+        box = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(box, op=op)
+        return int(box.item())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,214 @@
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from rlpost.metrics import METRICS, Clock, Metrics, metric_info
+
+
+class OneRank:
+    def all_gather_object(self, item):
+        return [item]
+
+
+class Ranks:
+    """Ranks as threads: `all_gather_object` meets at a barrier."""
+
+    def __init__(self, size):
+        self.size, self.items, self.meet = size, [None] * size, threading.Barrier(size)
+
+    def run(self, work):
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(lambda rank: work(rank, OfRanks(self, rank)), range(self.size)))
+
+
+class OfRanks:
+    def __init__(self, ranks, rank):
+        self.ranks, self.rank = ranks, rank
+
+    def all_gather_object(self, item):
+        self.ranks.items[self.rank] = item
+        self.ranks.meet.wait(timeout=5)
+        items = list(self.ranks.items)
+        self.ranks.meet.wait(timeout=5)
+        return items
+
+
+def test_mean_is_weighted_over_ranks_and_not_a_mean_of_means():
+    def work(rank, world):
+        metrics = Metrics(world)
+        metrics.mean("reward/mean", value=float(rank), weight=1 + 2 * rank)
+        return metrics.reduce()
+
+    assert Ranks(2).run(work) == [{"reward/mean": 0.75}] * 2
+
+
+def test_reductions_are_those_declared_and_names_may_be_missing_on_a_rank():
+    def work(rank, world):
+        metrics = Metrics(world)
+        metrics.sum("rollouts/num", 3)
+        metrics.sum("rollouts/num", rank)
+        metrics.max("rollouts/length_max", 10 - rank)
+        metrics.last("optim/lr", 1.0)
+        metrics.last("optim/lr", 0.5)
+        if rank == 1:
+            metrics.mean("reward/brevity", 0.25)
+        return metrics.reduce()
+
+    expected = {"rollouts/num": 7.0, "rollouts/length_max": 10.0, "optim/lr": 0.5, "reward/brevity": 0.25}
+    assert Ranks(2).run(work) == [expected] * 2
+
+
+def test_tokens_give_the_same_figures_for_every_split():
+    torch.manual_seed(0)
+    mask, entropy, ratio = torch.rand(4, 6) < 0.5, torch.rand(4, 6), torch.rand(4, 6)
+
+    def work_on(splits):
+        def work(rank, world):
+            metrics = Metrics(world)
+            for rows in splits[rank]:
+                values = {"policy/entropy": entropy[rows], "policy/ratio_max": ratio[rows]}
+                metrics.tokens(mask[rows], **values)
+            return metrics.reduce()
+
+        return Ranks(len(splits)).run(work)[0]
+
+    whole = work_on([[slice(0, 4)]])
+    assert whole["policy/entropy"] == pytest.approx(entropy[mask].mean().item(), abs=1e-7)
+    assert whole["policy/ratio_max"] == ratio[mask].max().item()
+    assert work_on([[slice(0, 1), slice(1, 2)], [slice(2, 4)]]) == pytest.approx(whole, abs=1e-12)
+    assert work_on([[slice(0, 3), slice(3, 4)]]) == pytest.approx(whole, abs=1e-12)
+
+
+def test_tokens_never_read_what_is_masked():
+    mask = torch.tensor([[True, False, False, True]])
+    value = torch.tensor([[-1.0, math.inf, math.nan, -3.0]])
+    metrics = Metrics(OneRank())
+    metrics.tokens(mask, **{"policy/entropy": value, "policy/ratio_max": value})
+    assert metrics.reduce() == {"policy/entropy": -2.0, "policy/ratio_max": -1.0}
+
+
+def test_tokens_keep_no_graph():
+    value = torch.ones(1, 2, requires_grad=True) * 2
+    metrics = Metrics(OneRank())
+    metrics.tokens(torch.ones(1, 2, dtype=torch.bool), **{"policy/loss": value})
+    assert not any(tensor.requires_grad for pair in metrics._tensors.values() for tensor in pair)
+
+
+def test_a_mean_of_nothing_is_left_out():
+    metrics = Metrics(OneRank())
+    metrics.mean("reward/mean", math.nan, weight=0)
+    metrics.tokens(torch.zeros(1, 2, dtype=torch.bool), **{"policy/entropy": torch.ones(1, 2)})
+    metrics.tokens(torch.zeros(1, 2, dtype=torch.bool), **{"policy/ratio_max": torch.ones(1, 2)})
+    assert metrics.reduce() == {}
+
+
+def test_nan_shows_in_mean_and_max():
+    metrics = Metrics(OneRank())
+    for value in (1.0, math.nan, 2.0):
+        metrics.mean("reward/mean", value)
+        metrics.max("canary/logp_diff_max", value)
+    assert all(math.isnan(value) for value in metrics.reduce().values())
+
+
+def test_reduce_starts_the_next_step_empty():
+    metrics = Metrics(OneRank())
+    metrics.sum("rollouts/num", 3)
+    metrics.tokens(torch.ones(1, 1, dtype=torch.bool), **{"policy/loss": torch.ones(1, 1)})
+    metrics.reduce()
+    assert metrics.reduce() == {}
+
+
+def test_undeclared_name_is_refused():
+    with pytest.raises(ValueError, match="'speed' is not declared"):
+        Metrics(OneRank()).sum("speed", 1)
+    with pytest.raises(ValueError, match="'speed' is not declared"):
+        Metrics(OneRank()).tokens(torch.ones(1, 1, dtype=torch.bool), speed=torch.ones(1, 1))
+
+
+def test_another_reduction_than_the_declared_one_is_refused():
+    with pytest.raises(ValueError, match="'rollouts/num' is declared as 'sum' in METRICS and was logged as 'mean'"):
+        Metrics(OneRank()).mean("rollouts/num", 1)
+    with pytest.raises(ValueError, match="tokens"):
+        Metrics(OneRank()).tokens(torch.ones(1, 1, dtype=torch.bool), **{"optim/lr": torch.ones(1, 1)})
+
+
+def test_exact_names_and_narrow_families_come_before_wide_ones():
+    assert metric_info("reward/solved_frac") is METRICS["reward/solved_frac"]
+    assert metric_info("reward/unjudged/brevity").reduction == "sum"
+    assert metric_info("reward/brevity").reduction == "mean"
+    assert metric_info("eval/pass@8").reduction == "mean"
+
+
+class Time:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def advance(self, seconds):
+        self.now += seconds
+
+
+def test_clock_charges_every_moment_to_one_phase():
+    time = Time()
+    clock = Clock(now=time)
+    time.advance(1)
+    with clock("train"):
+        time.advance(2)
+        with clock("sync"):
+            time.advance(4)
+        with clock("train"):
+            time.advance(8)
+        time.advance(16)
+    time.advance(32)
+    with clock("evaluate"):
+        time.advance(64)
+    assert clock.lap() == {
+        "time/other_s": 33.0,
+        "time/train_s": 26.0,
+        "time/sync_s": 4.0,
+        "time/evaluate_s": 64.0,
+        "time/step_s": 63.0,
+    }
+    assert sum(clock.total.values()) == time.now
+    assert clock.seconds == {}
+
+
+def test_clock_charges_a_phase_that_raises():
+    time = Time()
+    clock = Clock(now=time)
+    with pytest.raises(KeyError), clock("train"):
+        time.advance(2)
+        raise KeyError
+    time.advance(1)
+    clock.lap()
+    assert clock.total == {"train": 2.0, "other": 1.0}
+
+
+def test_clock_resumes_exactly():
+    time = Time()
+    first, resumed = Clock(now=time), Clock(now=time)
+    with first("train"):
+        time.advance(2)
+    first.lap()
+    resumed.load_state_dict(first.state_dict())
+    resumed.lap()
+    for clock in (first, resumed):
+        clock.lap()
+        with clock("train"):
+            time.advance(3)
+        clock.lap()
+    assert resumed.total["train"] == first.total["train"] == 5.0
+
+
+def test_clock_waits_for_the_device_at_each_change_of_phase():
+    waits = []
+    clock = Clock(synchronise=lambda: waits.append(1))
+    with clock("train"):
+        pass
+    clock.lap()
+    assert len(waits) == 3

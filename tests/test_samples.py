@@ -1,0 +1,79 @@
+import json
+
+from rlpost.samples import Samples, best_and_worst, prompt_text, render, sample
+from rlpost.types import Group, Rollout, Task
+
+
+def rollout(reward, text="out", key="a"):
+    return Rollout(
+        Task(key, "1+1=", "2"),
+        group=0,
+        prompt_ids=(5, 6),
+        sampled_prompt_ids=(5, 6),
+        token_ids=(7, 8, 1),
+        behavior_logp=(-0.1, -0.2, -0.3),
+        finish_reason="stop",
+        version=0,
+        text=text,
+        reward=reward,
+        reward_parts={"exact": reward},
+    )
+
+
+def rewards(rollouts):
+    return [one.reward for one in rollouts]
+
+
+def test_best_and_worst_come_in_turn_and_unjudged_last():
+    rollouts = [rollout(x) for x in (0.2, None, 1.0, 0.0, 0.5)]
+    assert rewards(best_and_worst(rollouts, 9)) == [1.0, 0.0, 0.5, 0.2, None]
+    assert rewards(best_and_worst(rollouts, 3)) == [1.0, 0.0, 0.5]
+    assert rewards(best_and_worst([rollout(0.5)], 4)) == [0.5]
+    assert best_and_worst([], 4) == []
+
+
+def test_written_sample_says_what_a_reader_needs(tmp_path):
+    group = Group(0, Task("a", "1+1=", "2"), [rollout(1.0, text="ä2"), rollout(0.0)])
+    Samples(tmp_path, per_step=1).write(3, [group])
+    text = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+    assert "ä2" in text
+    assert json.loads(text) == {
+        "step": 3,
+        "task": "a",
+        "prompt": "1+1=",
+        "answer": "2",
+        "completion": "ä2",
+        "reward": 1.0,
+        "parts": {"exact": 1.0},
+        "finish_reason": "stop",
+        "num_tokens": 3,
+    }
+
+
+def test_rewind_forgets_later_steps(tmp_path):
+    samples = Samples(tmp_path, per_step=2)
+    group = Group(0, Task("a", "1+1=", "2"), [rollout(1.0), rollout(0.0)])
+    for step in range(3):
+        samples.write(step, [group])
+    samples.rewind(1)
+    rows = [json.loads(line) for line in samples.path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 0]
+
+
+def test_zero_samples_write_no_file(tmp_path):
+    samples = Samples(tmp_path, per_step=0)
+    samples.rewind(0)
+    samples.write(0, [Group(0, Task("a", "1+1="), [rollout(1.0)])])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_chat_prompt_reads_as_lines():
+    task = Task("a", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1="}])
+    assert prompt_text(task) == "system: Be brief.\nuser: 1+1="
+
+
+def test_render_shows_brackets_of_a_completion_as_they_are():
+    text = render(sample(2, rollout(None, text="[/bold] [red]x[/red] \\[1]"))).plain
+    assert "[/bold] [red]x[/red] \\[1]" in text
+    assert "step 2  task a  reward unjudged (exact -)" in text
+    assert "3 tokens, stop; answer: 2" in text
