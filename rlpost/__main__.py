@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,7 +136,7 @@ def shown(recipe: Recipe, world: World) -> Recipe:
     return recipe
 
 
-def with_world(run, world: World) -> None:
+def with_world(run: Callable[[World], object], world: World) -> None:
     """Join the ranks, run, and leave them in any case."""
     world.start()
     try:

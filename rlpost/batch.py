@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -143,16 +144,13 @@ def make_batch(documents: Sequence[Document], packer: Packer, world: World) -> B
 def make_batches(
     groups: Sequence[Group], advantages: Sequence[Sequence[float]], packer: Packer, world: World, *, minibatches: int
 ) -> list[Batch]:
-    """The optimizer steps of one batch of rollouts: groups stay whole, in order, in `minibatches` nearly equal parts."""
+    """The optimizer steps of one batch of rollouts: whole groups, in order, in `minibatches` nearly equal parts."""
     documents = [
         [document(rollout, advantage) for rollout, advantage in zip(group.rollouts, advantages_G, strict=True)]
         for group, advantages_G in zip(groups, advantages, strict=True)
     ]
     cuts = [len(groups) * i // minibatches for i in range(minibatches + 1)]
-    parts = [
-        [one for group in documents[start:stop] for one in group]
-        for start, stop in zip(cuts[:-1], cuts[1:], strict=True)
-    ]
+    parts = [[one for group in documents[start:stop] for one in group] for start, stop in pairwise(cuts)]
     return [make_batch(part, packer, world) for part in parts]
 
 

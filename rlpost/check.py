@@ -275,7 +275,7 @@ def _engine(recipe: Recipe) -> list[str]:
 
 
 def _betas(betas: Sequence[float], key: str) -> list[str]:
-    fits = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)  # noqa: PLR2004
+    fits = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
     return [] if fits else [f"{key} must be two numbers in [0, 1) (got {list(betas)})"]
 
 

@@ -9,6 +9,10 @@ class RunError(Exception):
     """Something a run needs is missing or broken. The message says what must hold, what was found, and the way out."""
 
 
+class SharedError(RunError):
+    """An error that every rank raises at the same place, so that all can still do something together."""
+
+
 class RecipeError(RunError):
     """Everything that is wrong with a recipe, collected: one line a problem, each naming the recipe key."""
 

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rlpost.errors import RunError
 from rlpost.recipe import InitModel, Model, Recipe
@@ -21,7 +22,12 @@ def model_folder(recipe: Recipe, world: World) -> Path:
     """The folder with the run's start weights and tokenizer; made once, by the main rank, where it is not there yet."""
     model = recipe.model
     if model.init is not None:
-        asked = {"init": asdict(model.init), "context": model.context, "dtype": model.dtype, "seed": recipe.seed}
+        asked: dict[str, Any] = {
+            "init": asdict(model.init),
+            "context": model.context,
+            "dtype": model.dtype,
+            "seed": recipe.seed,
+        }
         return _made(Path(recipe.run_dir), "init", asked, lambda to: _from_init(recipe, to), world)
     if model.path is None:
         raise RunError("model.path or model.init must be given: name a folder, a hub model, or describe a new one")
@@ -113,7 +119,7 @@ def _from_init(recipe: Recipe, to: Path) -> None:
     )
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        model = LlamaForCausalLM(config)
+        model: Any = LlamaForCausalLM(config)
     model.to(DTYPES[recipe.model.dtype]).save_pretrained(to)
     tokenizer.save_pretrained(to)
 
@@ -125,7 +131,7 @@ def _from_gguf(recipe: Model, to: Path) -> None:
 
     assert recipe.path is not None
     file = Path(recipe.path).expanduser()
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=DTYPES[recipe.dtype])
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=DTYPES[recipe.dtype])
     # The weights are plain after loading, but stay marked as quantised; an ordinary folder must not say so.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):

@@ -269,7 +269,7 @@ class Recipe:
     """Present: a base model is trained first, once, and kept in `run_dir`."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging = field(default_factory=Logging)
-    save_every: int = 0
+    save_every: int = 50
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 2
     resume: str = "never"

@@ -25,7 +25,7 @@ class Renderer:
         self,
         tokenizer: PreTrainedTokenizerBase,
         prompting: Prompting,
-        context: int | None,
+        context: int,
         eos_ids: Sequence[int] = (),
     ) -> None:
         """`eos_ids`: further end tokens, such as the model's own (`generation_eos_ids`)."""
@@ -82,17 +82,17 @@ class Renderer:
         return tuple(self.tokenizer.encode(text, add_special_tokens=special))
 
 
-def check_lengths(tasks: Sequence[Task], renderer: Renderer, max_new_tokens: int, context: int, where: str) -> None:
+def check_lengths(tasks: Sequence[Task], renderer: Renderer, max_new_tokens: int, where: str) -> None:
     """Every prompt must leave room for `max_new_tokens`; those that do not are named with their lengths."""
-    room = context - max_new_tokens
+    room = renderer.context - max_new_tokens
     lengths = [(task.key, len(renderer.prompt_ids(task))) for task in tasks]
     long = sorted((pair for pair in lengths if pair[1] > room), key=lambda pair: -pair[1])
     if long:
         shown = ", ".join(f"{key} has {length}" for key, length in long[:SHOWN])
         more = f" and {len(long) - SHOWN} more" if len(long) > SHOWN else ""
         raise RunError(
-            f"{where}: a prompt may have {room} tokens (model.context {context} - max_new_tokens {max_new_tokens}), "
-            f"and {len(long)} of {len(tasks)} have more ({shown}{more}); raise model.context, lower max_new_tokens, or "
+            f"{where}: a prompt may have {room} tokens (model.context {renderer.context} - max_new_tokens "
+            f"{max_new_tokens}), and {len(long)} of {len(tasks)} have more ({shown}{more}); raise model.context, lower max_new_tokens, or "
             "take these tasks out"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,11 @@ def build(recipe: Recipe, world: World) -> Run:
         folder = open_run(recipe, world)
         with clock("sft"):
             model = base_model(recipe, world) if recipe.sft else model_folder(recipe, world)
-        renderer, context = make_renderer(recipe, model)
-        check_lengths(train_tasks, renderer, recipe.sampling.max_new_tokens, context, "tasks.train")
+        renderer = make_renderer(recipe, model)
+        check_lengths(train_tasks, renderer, recipe.sampling.max_new_tokens, "tasks.train")
         sampling = training_sampling(recipe, renderer)
         curriculum = bind(recipe.curriculum, "curricula", where="curriculum", skip=1, supplied=("seed",))
-        evaluator = make_evaluator(recipe, eval_tasks, renderer, context, rewards, world)
+        evaluator = make_evaluator(recipe, eval_tasks, renderer, rewards, world)
         engine, reference = make_engines(recipe, model, world)
         run = Run(
             recipe=recipe,
@@ -81,7 +82,7 @@ def build(recipe: Recipe, world: World) -> Run:
             clock=clock,
             curriculum=curriculum(train_tasks, seed=recipe.seed),
             renderer=renderer,
-            generator=make_generator(recipe, model, context, renderer, train_tasks[0], world),
+            generator=make_generator(recipe, model, renderer, train_tasks[0], world),
             sampling=sampling,
             rewards=rewards,
             packer=make_packer(recipe, world),
@@ -93,7 +94,11 @@ def build(recipe: Recipe, world: World) -> Run:
             samples=Samples(folder, recipe.logging.samples_per_step),
             checkpoints=Checkpoints(folder, world, keep=recipe.keep_checkpoints),
         )
-        resume(run)
+        try:
+            resume(run)
+        except RunError:
+            run.generator.close()
+            raise
     clock.lap()
     return run
 
@@ -114,11 +119,11 @@ def resume(run: Run) -> None:
         run.samples.rewind(run.start_step)
 
 
-def make_renderer(recipe: Recipe, model: Path) -> tuple[Renderer, int]:
-    """The renderer of a model folder, and the context in tokens."""
+def make_renderer(recipe: Recipe, model: Path) -> Renderer:
+    """The renderer of a model folder."""
     context = context_length(recipe.model, model)
     tokenizer = load_tokenizer(model, trust_remote_code=recipe.model.trust_remote_code)
-    return Renderer(tokenizer, recipe.tasks.prompting, context, eos_ids=generation_eos_ids(model)), context
+    return Renderer(tokenizer, recipe.tasks.prompting, context, eos_ids=generation_eos_ids(model))
 
 
 def training_sampling(recipe: Recipe, renderer: Renderer) -> Sampling:
@@ -128,19 +133,14 @@ def training_sampling(recipe: Recipe, renderer: Renderer) -> Sampling:
 
 
 def make_evaluator(
-    recipe: Recipe,
-    tasks: list[Task],
-    renderer: Renderer,
-    context: int,
-    rewards: list[BoundReward],
-    world: World,
+    recipe: Recipe, tasks: list[Task], renderer: Renderer, rewards: list[BoundReward], world: World
 ) -> Evaluator | None:
     """The held-out evaluation, where there are held-out tasks."""
     if not tasks:
         return None
     asked = recipe.evaluation
     max_new_tokens = asked.max_new_tokens or recipe.sampling.max_new_tokens
-    check_lengths(tasks, renderer, max_new_tokens, context, "tasks.eval")
+    check_lengths(tasks, renderer, max_new_tokens, "tasks.eval")
     sampling = Sampling(max_new_tokens, asked.temperature, asked.top_p, stop_ids=renderer.stop_ids)
     return Evaluator(tasks, asked, renderer, rewards, sampling, recipe.seed, world)
 
@@ -159,9 +159,7 @@ def make_engines(recipe: Recipe, model: Path, world: World) -> tuple[Engine, Fro
     return engine, Frozen(load_policy(model, recipe.model), recipe.engine, **shared)
 
 
-def make_generator(
-    recipe: Recipe, model: Path, context: int, renderer: Renderer, first_task: Task, world: World
-) -> Generator:
+def make_generator(recipe: Recipe, model: Path, renderer: Renderer, first_task: Task, world: World) -> Generator:
     """The generator that the recipe names, with a canary cut from the first training prompt."""
     tolerance = recipe.generator.canary_tolerance
     assert tolerance is not None
@@ -173,16 +171,17 @@ def make_generator(
         return HfGenerator(recipe, renderer, canary, world)
     from rlpost.generate.local_vllm import LocalVllm
 
-    return LocalVllm(recipe, model, context, renderer, canary, world)
+    return LocalVllm(recipe, model, renderer, canary, world)
 
 
 def evaluate_model(recipe: Recipe, world: World) -> dict[str, float]:
     """Held-out figures of the recipe's start model, without a run."""
-    train_tasks, eval_tasks = load_task_sets(recipe)
+    _, eval_tasks = load_task_sets(recipe)
     model = base_model(recipe, world) if recipe.sft else model_folder(recipe, world)
-    renderer, context = make_renderer(recipe, model)
-    evaluator = make_evaluator(recipe, eval_tasks, renderer, context, bind_rewards(recipe.rewards), world)
+    renderer = make_renderer(recipe, model)
+    evaluator = make_evaluator(recipe, eval_tasks, renderer, bind_rewards(recipe.rewards), world)
     if evaluator is None:
         raise RunError("tasks.eval must name the held-out problems (the recipe has none): add tasks.eval.path")
     engine, _ = make_engines(recipe, model, world)
-    return evaluator(make_generator(recipe, model, context, renderer, eval_tasks[0], world), engine)
+    with closing(make_generator(recipe, model, renderer, eval_tasks[0], world)) as generator:
+        return evaluator(generator, engine)

@@ -121,7 +121,7 @@ class Demonstrations:
             raise RunError(f"sft.tasks.solution must name the column to imitate (task {task.key} has no solution)")
         completion = renderer.completion_ids(task.solution)
         document = Document(renderer.prompt_ids(task), completion, (0.0,) * len(completion), 0.0)
-        if renderer.context is not None and document.length > renderer.context:
+        if document.length > renderer.context:
             raise RunError(
                 f"sft.tasks: prompt and solution must fit model.context={renderer.context} tokens (task {task.key} has "
                 f"{document.length}): raise model.context, or take the task out"

@@ -126,7 +126,7 @@ def _digest(text: str) -> int:
 def _check(split: str, min_terms: int, max_terms: int, max_total: int, error_rate: float) -> None:
     if split not in ("train", "eval"):
         raise RunError(f"chain_sums: split must be `train` or `eval` (got {split!r})")
-    if not 2 <= min_terms <= max_terms:  # noqa: PLR2004
+    if not 2 <= min_terms <= max_terms:
         raise RunError(f"chain_sums: 2 <= min_terms <= max_terms must hold (got {min_terms} and {max_terms})")
     if max_total < 1:
         raise RunError(f"chain_sums: max_total must be >= 1 (got {max_total})")

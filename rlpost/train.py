@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from rlpost import advantages, figures, losses
 from rlpost.batch import make_batches
 from rlpost.collect import collect, shard
+from rlpost.errors import RunError, SharedError
 from rlpost.kl import kl
 from rlpost.progress import Progress
 from rlpost.recipe import Recipe
@@ -27,11 +29,13 @@ from rlpost.world import World
 def train(recipe: Recipe, world: World) -> Path:
     """Train as the recipe says, and return the run's folder."""
     run = build(recipe, world)
-    with Progress(recipe, world, total_steps=recipe.steps, start=run.start_step) as progress:
+    shown = Progress(recipe, world, total_steps=recipe.steps, start=run.start_step)
+    with closing(run.generator), shown as progress:
         if run.evaluator and "before" not in run.evals:
             run.evals["before"] = evaluate(run, 0, progress)
         for step in range(run.start_step, recipe.steps):
-            progress.update(step, train_step(run, step))
+            with saved_on_failure(run, step):
+                progress.update(step, train_step(run, step))
             if run.evaluator and every(recipe.evaluation.every, step) and step + 1 < recipe.steps:
                 evaluate(run, step + 1, progress)
             if every(recipe.save_every, step) or step + 1 == recipe.steps:
@@ -58,9 +62,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
             seed=recipe.seed,
         )
     with clock("reward"):
-        score(groups, run.rewards)
-        outcomes = [Outcome(group.task.key, tuple(group.rewards), step) for group in groups]
-        run.curriculum.observe([one for rank in world.all_gather_object(outcomes) for one in rank])
+        run.curriculum.observe(score_together(run, step, groups))
     with clock("batch"):
         figures.log_rollouts(run, step, groups)
         kept = [group for group in groups if group.has_spread or not recipe.algorithm.drop_zero_spread]
@@ -75,6 +77,35 @@ def train_step(run: Run, step: int) -> dict[str, float]:
                 update(engine, batch, partial(policy_loss, run, first=first), metrics)
             metrics.sum("tokens/trained", batch.step_tokens if world.is_main else 0)
     return figures.log_step(run, step)
+
+
+def score_together(run: Run, step: int, groups: list[Group]) -> list[Outcome]:
+    """Score this rank's groups, and return the outcomes of all ranks; where one fails, every rank raises its error."""
+    error = None
+    try:
+        score(groups, run.rewards)
+    except RunError as failed:
+        error = failed
+    outcomes = [Outcome(group.task.key, tuple(group.rewards), step) for group in groups]
+    every_rank = run.world.all_gather_object((None if error is None else str(error), outcomes))
+    for message, _ in every_rank:
+        if message is not None:
+            raise SharedError(message) from error
+    return [outcome for _, one_rank in every_rank for outcome in one_rank]
+
+
+@contextmanager
+def saved_on_failure(run: Run, step: int) -> Iterator[None]:
+    """Where all ranks fail together before the step has changed the policy, save what the steps before it gave."""
+    updates, curriculum = run.engine.updates, run.curriculum.state_dict()
+    try:
+        yield
+    except SharedError as error:
+        if not step or run.engine.updates != updates:
+            raise
+        run.curriculum.load_state_dict(curriculum)
+        save(run, step)
+        raise RunError(f"{error}\n{step} steps are saved: correct this and go on with resume=auto") from error
 
 
 def policy_loss(run: Run, micro: Micro, logp_BT: Tensor, *, first: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -136,7 +167,7 @@ def save(run: Run, step: int) -> None:
 
 
 def finish(run: Run, progress: Progress) -> None:
-    """Write and show the summary, and give back what the run holds."""
+    """Write and show the summary."""
     run.clock.lap()
     if run.world.is_main:
         summary = write_summary(
@@ -151,5 +182,4 @@ def finish(run: Run, progress: Progress) -> None:
         )
         progress.final(summary)
     run.trackers.close()
-    run.generator.close()
     run.world.barrier()

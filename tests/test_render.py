@@ -149,9 +149,9 @@ def test_stop_ids_are_the_tokenizers_and_the_models_each_once():
 def test_check_lengths_names_prompts_that_leave_no_room():
     renderer = Renderer(build_tokenizer(CHAR), Prompting(), 10)
     tasks = [Task("short", "1+1="), Task("long", "1+1+1+1="), Task("longer", "1+1+1+1+1=")]
-    check_lengths(tasks[:1], renderer, 6, 10, "tasks.train")
+    check_lengths(tasks[:1], renderer, 6, "tasks.train")
     with pytest.raises(RunError) as raised:
-        check_lengths(tasks, renderer, 6, 10, "tasks.train")
+        check_lengths(tasks, renderer, 6, "tasks.train")
     assert str(raised.value).startswith(
         "tasks.train: a prompt may have 4 tokens (model.context 10 - max_new_tokens 6), and 2 of 3 have more "
         "(longer has 10, long has 8); raise model.context"

@@ -70,7 +70,9 @@ class HfGenerator:
         dice = torch.Generator(device=device).manual_seed(request.seed)
         stop = torch.tensor(sampling.stop_ids, device=device)
         step_NT = torch.tensor([request.prompt_ids] * request.n, device=device)
-        cache, tokens, logps = None, [], []
+        cache: Any = None
+        tokens: list[Tensor] = []
+        logps: list[Tensor] = []
         alive_N = torch.ones(request.n, dtype=torch.bool, device=device)
         while len(tokens) < sampling.max_new_tokens and alive_N.any():
             answer = self.model(input_ids=step_NT, past_key_values=cache, use_cache=True)

@@ -33,16 +33,14 @@ FINISH: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
 class LocalVllm:
     """A vLLM engine in this process, fed by the engine that trains."""
 
-    def __init__(
-        self, recipe: Recipe, folder: Path, context: int, renderer: Renderer, canary: Canary, world: World
-    ) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, renderer: Renderer, canary: Canary, world: World) -> None:
         self.recipe, self.renderer, self.canary, self.world = recipe.generator, renderer, canary, world
         self.bucket_bytes = recipe.engine.sync_bucket_mib << 20
         self.report = SyncReport()
         self.version: int | None = None
         self._can_sleep = world.device.type == "cuda" and recipe.generator.sleep_level > 0
         self._asleep = False
-        self.llm = _start(recipe, folder, context, world)
+        self.llm = _start(recipe, folder, renderer.context, world)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         """All rollouts of all requests; one vLLM call."""
@@ -102,8 +100,7 @@ class LocalVllm:
 
 def _repack_tied_head(worker: Any) -> None:
     """On a CPU vLLM multiplies by a packed copy of the head, which a reload leaves as it was where the head is tied."""
-    model = worker.model_runner.get_model()
-    head = getattr(model, "lm_head", None)
+    head: Any = getattr(worker.model_runner.get_model(), "lm_head", None)
     if hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)
 
@@ -117,7 +114,7 @@ def _start(recipe: Recipe, folder: Path, context: int, world: World) -> Any:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer shares these cores
     from vllm import LLM
 
-    arguments = {
+    arguments: dict[str, Any] = {
         "model": str(folder),
         "dtype": recipe.model.dtype,
         "load_format": "dummy",
