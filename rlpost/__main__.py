@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import warnings
@@ -138,6 +139,7 @@ def shown(recipe: Recipe, world: World) -> Recipe:
 
 def with_world(run: Callable[[World], object], world: World) -> None:
     """Join the ranks, run, and leave them in any case."""
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # DeepSpeed, whoever imports it, would guess aloud
     world.start()
     try:
         run(world)
@@ -168,6 +170,8 @@ def quiet() -> None:
         ("TORCH_CPP_LOG_LEVEL", "ERROR"),
     ):
         os.environ.setdefault(name, value)
+    # vLLM warns while it is imported, before it reads its own setting.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     for library in ("torch", "deepspeed", "vllm", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{library}(\..*)?")
 

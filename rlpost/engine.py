@@ -162,8 +162,11 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _deepspeed() -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
+    import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # None of its compiled operators is used here, and on a CPU it would compile one at the first start.
+    deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 

@@ -92,8 +92,8 @@ def check_lengths(tasks: Sequence[Task], renderer: Renderer, max_new_tokens: int
         more = f" and {len(long) - SHOWN} more" if len(long) > SHOWN else ""
         raise RunError(
             f"{where}: a prompt may have {room} tokens (model.context {renderer.context} - max_new_tokens "
-            f"{max_new_tokens}), and {len(long)} of {len(tasks)} have more ({shown}{more}); raise model.context, lower max_new_tokens, or "
-            "take these tasks out"
+            f"{max_new_tokens}), and {len(long)} of {len(tasks)} have more ({shown}{more}); raise model.context, lower "
+            "max_new_tokens, or take these tasks out"
         )
 
 
