@@ -81,8 +81,14 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_t9_equal_rewards_give_exactly_zero(method, dtype):
-    assert METHODS[method](torch.full((64,), 0.1, dtype=dtype)).eq(0).all()
+@pytest.mark.parametrize("num_rollouts", [7, 63, 64])
+def test_t9_equal_rewards_give_exactly_zero(method, dtype, num_rollouts):
+    assert METHODS[method](torch.full((num_rollouts,), 0.1, dtype=dtype)).eq(0).all()
+
+
+def test_t9_moments_of_equal_values_have_no_spread():
+    found = moments([torch.full((n,), 0.1) for n in (7, 63)], [torch.ones(7), torch.full((63,), 5)])
+    assert (found.mean, found.std) == (float(torch.tensor(0.1)), 0.0)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -164,6 +164,13 @@ def test_vespo_weighs_by_the_kernel_of_the_whole_ratio():
     close(loss, -stats["weight"] * t(1, 1, -1, -1) * logp)
 
 
+def test_vespo_bounds_the_weight_of_a_sequence_from_below():
+    # log w = -30, held at log 1e-8: e^3 (1e-8)^2.
+    document, mask = torch.tensor([[0, 0]]), torch.ones(1, 2, dtype=torch.bool)
+    _, stats = SEQUENCE["vespo"](t(-16, -16), t(-1, -1), t(1, 1), document_BT=document, mask_BT=mask)
+    torch.testing.assert_close(stats["weight"], t(e**3 * 1e-16, e**3 * 1e-16), rtol=1e-6, atol=0)
+
+
 def test_dppo_tv_stops_tokens_that_left_the_trust_region_on_their_own_side():
     # pi = .5, mu = .2: moved by .3 > .2, so a good token stops; a bad one goes on with min(2.5, 2) = 2.
     logp, behavior = t(0.5, 0.5, 0.05).log(), t(0.2, 0.2, 0.3).log()
