@@ -26,3 +26,13 @@ def single_rank():
     world.stop()
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """A user's folder in which the run `first` has ended."""
+    from lab import make_lab, train
+
+    folder = make_lab(tmp_path_factory.mktemp("lab"))
+    train(folder, "first")
+    return folder

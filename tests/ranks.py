@@ -6,7 +6,6 @@ The function takes the started `World` and JSON keyword arguments, and returns J
 import importlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -32,17 +31,15 @@ def _run(command, timeout_s):
     environment = {key: value for key, value in os.environ.items() if key not in ours}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
             code = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             code = f"not ended after {timeout_s} s"
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                process.terminate()  # torchrun ends its ranks, which have sessions of their own
+                process.wait(60)
         output.seek(0)
         assert code == 0, f"{code}\n{output.read()[-6000:]}"
 

@@ -35,7 +35,10 @@ def tiny_llama(*, seed=0, tie=True, hidden=32, vocab=VOCAB, attention="sdpa"):
 
 
 def tiny_policy(*, chunk=64, dtype=torch.float32, **options):
-    return Policy(tiny_llama(**options).to(dtype), logp_chunk=chunk)
+    policy = Policy(tiny_llama(**options), logp_chunk=chunk)
+    for param in policy.parameters():  # and no buffer: rotary frequencies stay in float32
+        param.data = param.data.to(dtype)
+    return policy
 
 
 def ragged(count=12, *, seed=0, vocab=VOCAB):
@@ -59,3 +62,18 @@ def logp_and_entropy(policy, micro, temperature=1.0):
 
 def gradients(module):
     return {name: param.grad.clone() for name, param in module.named_parameters()}
+
+
+def tiny_tokenizer():
+    """As many tokens as the model: <pad>, <eos>, and one a character."""
+    from rlpost.recipe import InitModel
+    from rlpost.render import build_tokenizer
+
+    return build_tokenizer(InitModel(tokenizer="char", alphabet="abcdefghijklmnopqrstuvwxyz="))
+
+
+def write_folder(folder, **options):
+    """A model folder as transformers and vLLM read it."""
+    tiny_llama(**options).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

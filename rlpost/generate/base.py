@@ -68,7 +68,7 @@ class Canary:
     def compare(self, engine: Engine, generator_logp: Sequence[float], report: SyncReport) -> None:
         """Write the difference into the report; stop the run where its mean is above the tolerance."""
         with torch.no_grad():
-            logp_BT, _ = engine.token_logp(self.micro)
+            logp_BT, _ = engine.token_logp(self.micro, temperature=1.0)  # as vLLM scores a prompt, whatever is sampled
         trainer_T = logp_BT[0, :-1].double().cpu()
         diff_T = (trainer_T - torch.tensor(generator_logp, dtype=torch.float64)).abs()
         report.canary_mean, report.canary_max = float(diff_T.mean()), float(diff_T.max())
