@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def run_ranks(function, *, num_ranks=2, timeout_s=150, **arguments):
+def run_ranks(function, *, num_ranks=2, timeout_s=270, **arguments):
     """`function`'s result on every rank, in the order of ranks; processes are stopped by their id when time is up."""
     with tempfile.TemporaryDirectory() as folder:
         name = f"{function.__module__}:{function.__qualname__}"
