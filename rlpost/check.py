@@ -264,6 +264,11 @@ def _engine(recipe: Recipe) -> list[str]:
     problems = _betas(engine.betas, "engine.betas")
     if engine.offload_optimizer and engine.zero_stage == 0:
         problems.append("engine.offload_optimizer needs engine.zero_stage >= 1 (got 0)")
+    if recipe.model.dtype == "bfloat16" and engine.zero_stage == 0:
+        problems.append(
+            "engine.zero_stage must be >= 1 for model.dtype=bfloat16 (got 0): DeepSpeed keeps the float32 copy of the "
+            "weights in its sharded optimizer, on one rank too"
+        )
     return problems
 
 

@@ -67,7 +67,7 @@ def make_lab(folder: Path) -> Path:
 
 
 def rlpost(
-    lab: Path, *arguments: str, ranks: int = 1, accident: str = "", timeout_s: int = 280
+    lab: Path, *arguments: str, ranks: int = 1, accident: str = "", timeout_s: int = 400
 ) -> subprocess.CompletedProcess[str]:
     """`python -m rlpost COMMAND tiny.yaml ...` from another folder, under torchrun where there are several ranks."""
     command, *rest = arguments

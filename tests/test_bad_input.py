@@ -118,6 +118,7 @@ def message_of(lab: Path, *overrides: str, code: int = FAILED, accident: str = "
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_prompt_longer_than_the_context_is_found_before_anything_is_trained(tmp_path) -> None:
     lab = make_lab(tmp_path)
     (lab / "long.jsonl").write_text(row("1+" * 60 + "1=", "61"))
@@ -128,6 +129,7 @@ def test_prompt_longer_than_the_context_is_found_before_anything_is_trained(tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_folder_that_holds_a_run_is_kept(lab) -> None:
     before = logged(lab, "first")
     message = message_of(lab, "name=first", "seed=5")
@@ -136,6 +138,7 @@ def test_folder_that_holds_a_run_is_kept(lab) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_hub_name_that_cannot_be_reached_is_named(lab, monkeypatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     message = message_of(lab, "name=hub", "model={path: nobody/no-such-model, dtype: float32}", "sft=null")
@@ -144,6 +147,7 @@ def test_hub_name_that_cannot_be_reached_is_named(lab, monkeypatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_cache_too_small_for_one_answer_names_its_size(lab) -> None:
     message = message_of(lab, "name=cache", "sft=null", "model.context=8192", "generator.kv_cache_gib=0.001")
     assert "generator.kv_cache_gib=0.001 must leave vLLM room for at least one answer of full length" in message
@@ -151,6 +155,7 @@ def test_cache_too_small_for_one_answer_names_its_size(lab) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_reward_that_raises_names_the_task_and_loses_no_step(lab) -> None:
     checkpoints = lab / "runs/raised/checkpoints"
     message = message_of(lab, "name=raised", "save_every=1", accident=f"raise:{checkpoints / 'step-000001'}")
@@ -160,6 +165,7 @@ def test_reward_that_raises_names_the_task_and_loses_no_step(lab) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_interrupted_run_goes_on(lab) -> None:
     step = lab / "runs/stopped/checkpoints/step-000002"
     message = message_of(lab, "name=stopped", code=INTERRUPTED, accident=f"{signal.SIGINT.name}:{step}")

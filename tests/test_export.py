@@ -9,7 +9,7 @@ from lab import rlpost, weights
 from rlpost.policy import load_policy
 from rlpost.recipe import load
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_exported_folder_gives_the_logits_of_the_trained_policy(lab) -> None:

@@ -99,10 +99,11 @@ def test_t28_canary_scores_every_token_but_the_first():
     assert micro.target_BT[micro.mask_BT].tolist() == [3, 4]
 
 
-def test_canary_tokens_start_like_the_prompt_and_stay_in_the_vocabulary():
-    assert canary_tokens((5, 6), 10, length=6) == (5, 6, 7, 8, 9, 0)
-    assert canary_tokens(range(100), 200, length=8) == (0, 1, 2, 3, 7, 38, 69, 100)
-    assert all(0 <= token < 29 for token in canary_tokens((2,), 29)) and len(canary_tokens((2,), 29)) == 32
+def test_canary_tokens_are_the_prompt_s_first_and_never_few():
+    assert canary_tokens(range(100), 200) == tuple(range(64))
+    assert canary_tokens((5, 6, *range(14)), 29) == (5, 6, *range(14))
+    short = canary_tokens((2,), 29)
+    assert len(short) == 16 and short[0] == 2 and all(0 <= token < 29 for token in short)
 
 
 # Plain transformers, the reference.
@@ -242,7 +243,9 @@ def run_vllm(world, tie):
 
 
 def use_vllm(generator, engine):
-    result = {"furthest": [], "canary": [], "bytes": [], "versions": []}
+    with generator.awake(engine, 0):
+        result = sample_vllm(generator)
+    result |= {"furthest": [], "canary": [], "bytes": [], "versions": []}
     for version in range(3):
         with generator.awake(engine, version):
             rollouts = generator.generate(REQUESTS, SAMPLING)
@@ -252,7 +255,7 @@ def use_vllm(generator, engine):
         result["versions"].append(sorted({rollout.version for rollout in rollouts}))
         learn(engine, rollouts)
     with generator.awake(engine, 3):
-        result |= sample_vllm(generator)
+        pass
     with torch.no_grad():
         engine.deepspeed.module.model.model.norm.weight[0] += 3.0
     try:
@@ -280,6 +283,7 @@ def sample_vllm(generator):
     together, alone = ids(REQUESTS), ids(REQUESTS[1:])
     result["request_seed_is_its_own"] = together[5:] == alone
     result["samples_differ"] = len(set(together[:5])) > 1
+    generator.recipe.seeding = "call"
     return result
 
 

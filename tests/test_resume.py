@@ -9,7 +9,7 @@ import pytest
 import torch
 from lab import logged, rlpost, train, weights
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_killed_run_resumes_to_the_same_figures_and_weights(lab) -> None:

@@ -10,7 +10,7 @@ from lab import rlpost
 from rlpost.recipe import load
 from rlpost.sft import shaped_by
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_base_model_is_made_once_and_then_found(lab) -> None:

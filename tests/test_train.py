@@ -7,7 +7,7 @@ import json
 import pytest
 from lab import logged, train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def steps(lines: list[dict]) -> list[dict]:

@@ -28,6 +28,10 @@ class SyncReport:
     canary_max: float = math.nan
 
 
+CANARY_MIN, CANARY_MAX = 16, 64
+"""Tokens of the canary: enough for a mean, few enough to cost one short forward pass."""
+
+
 class Generator(Protocol):
     """Samples rollouts. `awake` is the sole owner of the generator's weights and memory."""
 
@@ -82,7 +86,10 @@ class Canary:
             )
 
 
-def canary_tokens(prompt_ids: Sequence[int], vocab_size: int, length: int = 32) -> tuple[int, ...]:
-    """The first tokens of a real prompt, continued by a fixed walk through the vocabulary to a fixed length."""
-    walk = [(7 + 31 * i) % vocab_size for i in range(length)]
-    return tuple([*prompt_ids[: length // 2], *walk][:length])
+def canary_tokens(prompt_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """The first tokens of a real prompt; a very short one goes on with a fixed walk through the vocabulary.
+
+    Tokens that the model finds likely are the better canary: in bfloat16 an unlikely one is rounded ten times as much.
+    """
+    walk = [(7 + 31 * i) % vocab_size for i in range(max(0, CANARY_MIN - len(prompt_ids)))]
+    return (*prompt_ids[:CANARY_MAX], *walk)
