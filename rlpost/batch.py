@@ -42,8 +42,7 @@ class Document:
     @property
     def num_trained(self) -> int:
         """Completion tokens that enter the loss: those with a finite log-prob, and something in front of them."""
-        finite = sum(map(math.isfinite, self.behavior_logp))
-        return finite if self.prompt_ids else finite - math.isfinite(self.behavior_logp[0])
+        return sum(map(math.isfinite, self.behavior_logp if self.prompt_ids else self.behavior_logp[1:]))
 
 
 @dataclass(frozen=True, slots=True)

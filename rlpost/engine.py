@@ -56,10 +56,11 @@ class Engine:
             dist_init_required=False,
         )
 
-    def token_logp(self, micro: Micro) -> tuple[Tensor, Tensor]:
-        """Log-prob and entropy `[B, T]` of the micro-batch's targets under the policy, at the sampling temperature."""
+    def token_logp(self, micro: Micro, *, temperature: float | None = None) -> tuple[Tensor, Tensor]:
+        """Log-prob and entropy `[B, T]` of the micro-batch's targets; None: at the sampling temperature."""
+        temperature = temperature or self.temperature
         return self.deepspeed(
-            micro.tokens_BT, micro.position_BT, micro.target_BT, micro.mask_BT, temperature=self.temperature
+            micro.tokens_BT, micro.position_BT, micro.target_BT, micro.mask_BT, temperature=temperature
         )
 
     def backward(self, loss: Tensor) -> None:
@@ -86,11 +87,11 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, with the same number of ranks."""
-        path, client_state = self.deepspeed.load_checkpoint(str(folder), tag="engine")
-        if path is None:
+        if not (folder / "engine").is_dir():
             raise RunError(
                 f"resume: {folder} must hold an engine checkpoint: choose another, or start with resume=never"
             )
+        _, client_state = self.deepspeed.load_checkpoint(str(folder), tag="engine")
         self.updates = int(client_state["updates"])
 
     def _clip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -171,13 +172,12 @@ def _deepspeed() -> Any:
 
 
 def checkpoint_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The whole float32 weights in a checkpoint, whatever ZeRO stage and number of ranks wrote it."""
+    """The whole weights in a checkpoint, whatever ZeRO stage and number of ranks wrote it."""
     _deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    folder = checkpoint / "engine"
-    if any(folder.glob("*optim_states.pt")):
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="engine")
-    [plain] = folder.glob("mp_rank_00_model_states.pt")
-    # DeepSpeed's own pickle, written by this program.
-    return torch.load(plain, map_location="cpu", weights_only=False)["module"]
+    whole = checkpoint / "engine" / "mp_rank_00_model_states.pt"
+    if whole.is_file():  # every stage but 3, which leaves only shards
+        # DeepSpeed's own pickle, written by this program.
+        return torch.load(whole, map_location="cpu", weights_only=False)["module"]
+    return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="engine")

@@ -21,7 +21,7 @@ from rlpost.errors import RecipeError
 from rlpost.plugins import did_you_mean, make_importable
 from rlpost.yaml_tree import expand, override, parse
 
-CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
+CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 _WORDS: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -157,8 +157,8 @@ class GeneratorRecipe:
     enforce_eager: bool | None = None
     """No CUDA graphs; None: on a CPU."""
     canary_tolerance: float | None = None
-    """Largest allowed mean |trainer - generator| log-prob of the canary, in nats; None: 1e-3 in float32, 0.05 in
-    bfloat16."""
+    """Largest allowed mean |trainer - generator| log-prob of the canary, in nats; None: 1e-3 in float32, 0.2 in
+    bfloat16, where rounding alone gives 0.08 through the 30 layers of SmolLM2-135M."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of `vllm.LLM`."""
 

@@ -60,19 +60,19 @@ class Run:
 
 
 def build(recipe: Recipe, world: World) -> Run:
-    """Make every part; text is checked before models are loaded, and the generator takes its memory last."""
+    """Make every part; text is checked before anything is trained, and the generator takes its memory last."""
     clock = Clock(torch.cuda.synchronize if world.device.type == "cuda" else None)
     with clock("setup"):
         train_tasks, eval_tasks = load_task_sets(recipe)
         rewards = bind_rewards(recipe.rewards)
+        curriculum = make_curriculum(recipe, train_tasks)
+        start = model_folder(recipe, world)
+        renderer = make_renderer(recipe, start)
+        sampling = training_sampling(recipe, train_tasks, renderer)
+        evaluator = make_evaluator(recipe, eval_tasks, renderer, rewards, world)
         folder = open_run(recipe, world)
         with clock("sft"):
-            model = base_model(recipe, world) if recipe.sft else model_folder(recipe, world)
-        renderer = make_renderer(recipe, model)
-        check_lengths(train_tasks, renderer, recipe.sampling.max_new_tokens, "tasks.train")
-        sampling = training_sampling(recipe, renderer)
-        curriculum = bind(recipe.curriculum, "curricula", where="curriculum", skip=1, supplied=("seed",))
-        evaluator = make_evaluator(recipe, eval_tasks, renderer, rewards, world)
+            model = base_model(recipe, world) if recipe.sft else start
         engine, reference = make_engines(recipe, model, world)
         run = Run(
             recipe=recipe,
@@ -80,7 +80,7 @@ def build(recipe: Recipe, world: World) -> Run:
             folder=folder,
             model=model,
             clock=clock,
-            curriculum=curriculum(train_tasks, seed=recipe.seed),
+            curriculum=curriculum,
             renderer=renderer,
             generator=make_generator(recipe, model, renderer, train_tasks[0], world),
             sampling=sampling,
@@ -94,11 +94,7 @@ def build(recipe: Recipe, world: World) -> Run:
             samples=Samples(folder, recipe.logging.samples_per_step),
             checkpoints=Checkpoints(folder, world, keep=recipe.keep_checkpoints),
         )
-        try:
-            resume(run)
-        except RunError:
-            run.generator.close()
-            raise
+        resume(run)
     clock.lap()
     return run
 
@@ -107,6 +103,14 @@ def resume(run: Run) -> None:
     """Go on from a checkpoint where the recipe asks for it and there is one."""
     if run.recipe.resume == "never":
         return
+    try:
+        _restore(run)
+    except RunError:
+        run.generator.close()
+        raise
+
+
+def _restore(run: Run) -> None:
     path = run.checkpoints.newest() if run.recipe.resume == "auto" else Path(run.recipe.resume)
     if path is not None:
         state = run.checkpoints.load(path, run.engine)
@@ -126,9 +130,16 @@ def make_renderer(recipe: Recipe, model: Path) -> Renderer:
     return Renderer(tokenizer, recipe.tasks.prompting, context, eos_ids=generation_eos_ids(model))
 
 
-def training_sampling(recipe: Recipe, renderer: Renderer) -> Sampling:
-    """How rollouts are drawn in training."""
+def make_curriculum(recipe: Recipe, tasks: list[Task]) -> Any:
+    """The curriculum that the recipe names, over the training tasks."""
+    curriculum = bind(recipe.curriculum, "curricula", where="curriculum", skip=1, supplied=("seed",))
+    return curriculum(tasks, seed=recipe.seed)
+
+
+def training_sampling(recipe: Recipe, tasks: list[Task], renderer: Renderer) -> Sampling:
+    """How rollouts are drawn in training; every training prompt must leave room for them."""
     asked = recipe.sampling
+    check_lengths(tasks, renderer, asked.max_new_tokens, "tasks.train")
     return Sampling(asked.max_new_tokens, asked.temperature, asked.top_p, asked.top_k, renderer.stop_ids)
 
 

@@ -61,6 +61,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
             first_group=step * recipe.prompts_per_step,
             seed=recipe.seed,
         )
+        world.barrier()  # waiting for the longest answer is generation, on every rank
     with clock("reward"):
         run.curriculum.observe(score_together(run, step, groups))
     with clock("batch"):

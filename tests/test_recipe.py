@@ -55,7 +55,7 @@ def test_load_keeps_what_the_recipe_says(write):
         write(), ["name=mine", "algorithm.clip_high=0.4", "evaluation.max_new_tokens=9", "model.dtype=bfloat16"]
     )
     assert (recipe.name, recipe.algorithm.clip_high, recipe.evaluation.max_new_tokens) == ("mine", 0.4, 9)
-    assert recipe.generator.canary_tolerance == 0.05
+    assert recipe.generator.canary_tolerance == 0.2
 
 
 @pytest.mark.parametrize(
@@ -247,10 +247,8 @@ SFT = [f"sft.tasks.path={SUMS}", f"sft.tasks.config={CONFIG}", "sft.tasks.soluti
         (["evaluation.max_new_tokens=999"], "evaluation.max_new_tokens must be less than model.context"),
         ([*SFT, "sft.batch_size=6"], "sft.batch_size must be a multiple of the number of ranks (got 6 on 4)"),
         ([*SFT, "sft.tasks.solution=null"], "sft.tasks.solution must name the column"),
-        ([*SFT, "sft.warmup_steps=501"], "sft.warmup_steps must be <= sft.steps (got 501 and 500)"),
         ([*SFT, "sft.betas=[0.9]"], "sft.betas must be two numbers in [0, 1) (got [0.9])"),
         (["engine.betas=[0.9, 1.0]"], "engine.betas must be two numbers in [0, 1)"),
-        (["engine.warmup_steps=101"], "engine.warmup_steps must be <= the run's optimizer steps (got 101 of 100)"),
         (
             ["engine.offload_optimizer=true", "engine.zero_stage=0"],
             "engine.offload_optimizer needs engine.zero_stage >= 1",

@@ -28,6 +28,10 @@ class SyncReport:
     canary_max: float = math.nan
 
 
+CANARY_MIN, CANARY_MAX = 16, 64
+"""Tokens of the canary: enough for a mean, few enough to cost one short forward pass."""
+
+
 class Generator(Protocol):
     """Samples rollouts. `awake` is the sole owner of the generator's weights and memory."""
 
@@ -68,7 +72,7 @@ class Canary:
     def compare(self, engine: Engine, generator_logp: Sequence[float], report: SyncReport) -> None:
         """Write the difference into the report; stop the run where its mean is above the tolerance."""
         with torch.no_grad():
-            logp_BT, _ = engine.token_logp(self.micro)
+            logp_BT, _ = engine.token_logp(self.micro, temperature=1.0)  # as vLLM scores a prompt, whatever is sampled
         trainer_T = logp_BT[0, :-1].double().cpu()
         diff_T = (trainer_T - torch.tensor(generator_logp, dtype=torch.float64)).abs()
         report.canary_mean, report.canary_max = float(diff_T.mean()), float(diff_T.max())
@@ -82,7 +86,10 @@ class Canary:
             )
 
 
-def canary_tokens(prompt_ids: Sequence[int], vocab_size: int, length: int = 32) -> tuple[int, ...]:
-    """The first tokens of a real prompt, continued by a fixed walk through the vocabulary to a fixed length."""
-    walk = [(7 + 31 * i) % vocab_size for i in range(length)]
-    return tuple([*prompt_ids[: length // 2], *walk][:length])
+def canary_tokens(prompt_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """The first tokens of a real prompt; a very short one goes on with a fixed walk through the vocabulary.
+
+    Tokens that the model finds likely are the better canary: in bfloat16 an unlikely one is rounded ten times as much.
+    """
+    walk = [(7 + 31 * i) % vocab_size for i in range(max(0, CANARY_MIN - len(prompt_ids)))]
+    return (*prompt_ids[:CANARY_MAX], *walk)

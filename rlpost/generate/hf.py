@@ -50,7 +50,9 @@ class HfGenerator:
     def _sync(self, engine: Engine) -> None:
         trained = engine.deepspeed.module.model
         if self.model is None:
-            self.model = type(trained)(trained.config).to(self.world.device, trained.dtype).eval()
+            self.model = type(trained)(trained.config).to(self.world.device).eval()
+            for param in self.model.parameters():  # and no buffer: rotary frequencies stay in float32
+                param.data = param.data.to(trained.dtype)
         stream = WeightStream(engine.deepspeed.module, bucket_bytes=self.bucket_bytes)
         own = dict(self.model.named_parameters())
         with torch.no_grad():

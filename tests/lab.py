@@ -1,0 +1,107 @@
+"""A user's folder outside the repository: a recipe, a reward beside it, and the command line as a person runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RECIPE = """
+steps: 4
+save_every: 2
+prompts_per_step: 4
+model:
+  dtype: float32
+  context: 64
+  init: {tokenizer: char, alphabet: "0123456789+-=;#", hidden_size: 64, intermediate_size: 128, num_layers: 2,
+         num_heads: 2}
+tasks:
+  train: {path: "rlpost.testbed:chain_sums", config: {split: train, size: 64, min_terms: 2, max_terms: 3}}
+  eval: {path: "rlpost.testbed:chain_sums", config: {split: eval, size: 8, min_terms: 2, max_terms: 3}}
+sft:
+  tasks: {path: "rlpost.testbed:chain_sums", solution: solution,
+          config: {split: train, size: 64, min_terms: 2, max_terms: 3, seed: 1}}
+  steps: 4
+  batch_size: 8
+  lr: 1.0e-3
+rewards: [{use: exact_chain}, {use: "mylab.rewards:brevity", target: 24}]
+sampling: {group_size: 4, max_new_tokens: 24}
+engine: {lr: 1.0e-3}
+generator: {kv_cache_gib: 0.25, max_num_seqs: 64}
+evaluation: {n: 2}
+"""
+REWARDS = '''
+import os
+import signal
+from pathlib import Path
+
+
+def brevity(rollout, *, target: int = 200) -> float:
+    """1 at no tokens, 0 at `target` and above; runs the accident of the test where its file is there."""
+    accident, _, trigger = os.environ.get("ACCIDENT", "").partition(":")
+    if accident and Path(trigger).exists():
+        if accident == "raise":
+            raise KeyError("no such column")
+        os.kill(os.getpid(), getattr(signal, accident))
+    return max(0.0, 1.0 - len(rollout.token_ids) / target)
+
+
+def sevens(rollout) -> float:
+    """The share of sevens."""
+    return rollout.text.count("7") / len(rollout.token_ids)
+'''
+VARYING = ("unix_s", "time/", "sync/seconds")
+
+
+def make_lab(folder: Path) -> Path:
+    """The user's folder, and another one to start from."""
+    (folder / "mylab").mkdir()
+    (folder / "elsewhere").mkdir()
+    (folder / "tiny.yaml").write_text(RECIPE)
+    (folder / "mylab" / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+def rlpost(
+    lab: Path, *arguments: str, ranks: int = 1, accident: str = "", timeout_s: int = 400
+) -> subprocess.CompletedProcess[str]:
+    """`python -m rlpost COMMAND tiny.yaml ...` from another folder, under torchrun where there are several ranks."""
+    command, *rest = arguments
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    recipe = [] if command == "export" else [str(lab / "tiny.yaml"), f"run_dir={lab / 'runs'}"]
+    joined = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in joined}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCIDENT": accident}
+    return subprocess.run(
+        [sys.executable, *torchrun, "-m", "rlpost", command, *recipe, *rest],
+        cwd=lab / "elsewhere",
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def train(lab: Path, name: str, *overrides: str, ranks: int = 1, accident: str = "") -> list[dict[str, Any]]:
+    """Train to the end, and return what the run logged of every step."""
+    done = rlpost(lab, "train", f"name={name}", *overrides, ranks=ranks, accident=accident)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return logged(lab, name)
+
+
+def logged(lab: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = (lab / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [{key: x for key, x in json.loads(line).items() if not key.startswith(VARYING)} for line in lines]
+
+
+def weights(lab: Path, name: str, step: int) -> dict[str, Any]:
+    """The float32 weights in a run's checkpoint."""
+    from rlpost.engine import checkpoint_weights
+
+    return checkpoint_weights(lab / "runs" / name / "checkpoints" / f"step-{step:06d}")

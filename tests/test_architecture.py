@@ -1,0 +1,105 @@
+"""What the shape of the code promises: heavy imports in one file each, a step on one screen, one place that divides."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(file for package in ("rlpost", "rewards", "curricula") for file in (ROOT / package).rglob("*.py"))
+AT_HOME = {
+    "vllm": {"rlpost/generate/local_vllm.py"},
+    "deepspeed": {"rlpost/engine.py", "rlpost/weights.py"},
+    "omegaconf": {"rlpost/recipe.py", "rlpost/yaml_tree.py"},
+    "datasets": {"rlpost/sources.py"},
+    "pyarrow": {"rlpost/sources.py"},
+    "reasoning_gym": {"rlpost/sources.py"},
+    "rich": {"rlpost/progress.py", "rlpost/samples.py"},
+    "wandb": {"rlpost/trackers.py"},
+}
+HEAVY = ("torch", "vllm", "deepspeed", "transformers", "datasets", "pyarrow", "reasoning_gym")
+LIGHT = ["recipe", "check", "plugins", "tasks", "sources", "types", "errors", "algorithms", "yaml_tree", "render"]
+
+
+def name_of(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def functions(file: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    nodes = ast.walk(ast.parse(file.read_text()))
+    return (node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def loaded_by(code: str) -> set[str]:
+    """The heavy libraries that a fresh Python has loaded after `code`."""
+    probe = f"{code}\nimport sys\nprint('loaded:', *(set({HEAVY!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+@pytest.mark.parametrize("library", AT_HOME)
+def test_heavy_library_is_imported_in_its_own_files_only(library: str) -> None:
+    assert {name_of(file) for file in SOURCES if library in imports(file)} == AT_HOME[library]
+
+
+def test_checking_a_recipe_loads_no_heavy_library() -> None:
+    check = "from rlpost.__main__ import main\nassert main(['check', 'recipes/quickstart.yaml']) == 0"
+    assert loaded_by(check) == set()
+
+
+def test_light_files_import_without_heavy_libraries() -> None:
+    names = [*(f"rlpost.{name}" for name in LIGHT), "rlpost.score", "rlpost.__main__", "rewards.final_number", "curricula.uniform"]
+    assert loaded_by("\n".join(f"import {name}" for name in names)) == set()
+
+
+def test_mathematics_needs_torch_only() -> None:
+    assert loaded_by("import rlpost.losses, rlpost.advantages, rlpost.kl") <= {"torch"}
+
+
+def test_mathematics_knows_no_recipe_and_no_ranks() -> None:
+    for name in ("losses", "advantages", "kl"):
+        assert set(imports(ROOT / f"rlpost/{name}.py")) <= {"__future__", "collections", "math", "torch", "typing"}
+
+
+def test_a_training_step_is_one_screen() -> None:
+    lengths = {
+        f"{name_of(file)}:{function.name}": (function.end_lineno or 0) - function.lineno + 1
+        for file in SOURCES
+        for function in functions(file)
+    }
+    assert lengths.pop("rlpost/train.py:train_step") <= 60
+    assert {name: length for name, length in lengths.items() if length > 40} == {}
+
+
+def test_files_are_short_enough_to_read() -> None:
+    assert {name_of(file): length for file in SOURCES if (length := len(file.read_text().splitlines())) > 400} == {}
+
+
+def test_only_reduce_tokens_divides_by_a_token_count() -> None:
+    dividing = {
+        f"{name_of(file)}:{function.name}"
+        for file in SOURCES
+        for function in functions(file)
+        for node in ast.walk(function)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and "token" in ast.unparse(node.right)
+    }
+    assert dividing == {"rlpost/losses.py:reduce_tokens"}
+
+
+def test_nothing_is_called_old() -> None:
+    for file in SOURCES:
+        names = {node.id for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Name)}
+        assert not {name for name in names if name.startswith("old_")}, name_of(file)

@@ -1,0 +1,303 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import CPU, logp_and_entropy, ragged, tiny_policy
+
+from rlpost.batch import Packer, make_batch
+from rlpost.collect import shard
+from rlpost.engine import Engine, Frozen, checkpoint_weights, deepspeed_config, lr_factor
+from rlpost.errors import RunError
+from rlpost.losses import ppo_clip
+from rlpost.metrics import Metrics
+from rlpost.recipe import EngineRecipe
+from rlpost.types import Batch
+from rlpost.update import update
+from rlpost.weights import WeightStream
+
+STAGES = (0, 1, 2, 3)
+TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
+"""Of weights after a step in float32: sums run in another order."""
+
+WINDOWS = [ragged(12, seed=0), ragged(5, seed=1)]
+"""Two optimizer steps."""
+SPLITS = {"1x12": [12], "3x4": [4, 4, 4], "12x1": [1] * 12}
+
+
+def recipe(stage=2, **changes):
+    # With eps far above the gradient, Adam's first step is the gradient itself, to first order: nothing is hidden.
+    return EngineRecipe(**({"zero_stage": stage, "lr": 0.3, "eps": 1.0, "grad_clip": 0.0} | changes))
+
+
+def make_engine(world, asked, *, dtype="float32", temperature=1.0, seed=0, chunk=16):
+    policy = tiny_policy(seed=seed, chunk=chunk, dtype=getattr(torch, dtype))
+    return Engine(policy, asked, dtype=dtype, temperature=temperature, total_updates=4, world=world)
+
+
+def policy_loss(micro, logp_BT):
+    loss_BT, _ = ppo_clip(logp_BT, micro.behavior_logp_BT, micro.adv_BT, clip_low=0.2, clip_high=0.28)
+    return loss_BT, {}
+
+
+def take(engine, batch):
+    """One optimizer step, and the gradient's norm."""
+    metrics = Metrics(engine.world)
+    update(engine, batch, policy_loss, metrics)
+    return metrics.reduce()["optim/grad_norm"]
+
+
+def weights(engine):
+    return {name: tensor.clone() for name, tensor in WeightStream(engine.deepspeed.module, bucket_bytes=1 << 20)}
+
+
+def packed(world, documents):
+    return make_batch(documents, Packer(30, 20, CPU), world)
+
+
+def in_parts(documents, sizes):
+    """Micro-batches of so many documents, one a row."""
+    micros, start = [], 0
+    for size in sizes:
+        part = documents[start : start + size]
+        micros.append(Packer(1, 1, CPU).micro([[one] for one in part], max(one.length for one in part)))
+        start += size
+    return Batch(tuple(micros), sum(one.num_trained for one in documents))
+
+
+def reference(windows, asked, temperature=1.0):
+    """Plain torch, one document at a time, on the model's own logits: weights and gradient norms."""
+    policy = tiny_policy()
+    settings = {"lr": asked.lr, "betas": tuple(asked.betas), "eps": asked.eps, "weight_decay": asked.weight_decay}
+    optimizer = torch.optim.AdamW(policy.parameters(), **settings)
+    norms = []
+    for documents in windows:
+        optimizer.zero_grad()
+        loss = sum(document_loss(policy, one, temperature) for one in documents)
+        (loss / sum(one.num_trained for one in documents)).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), asked.grad_clip or math.inf).item())
+        optimizer.step()
+    return {name: param.detach().clone() for name, param in policy.model.named_parameters()}, norms
+
+
+def document_loss(policy, one, temperature):
+    ids = torch.tensor([[*one.prompt_ids, *one.token_ids]])
+    logp_TV = torch.log_softmax(policy.model(input_ids=ids, use_cache=False).logits[0, :-1] / temperature, -1)
+    logp_T = logp_TV.gather(-1, ids[0, 1:, None]).squeeze(-1)[len(one.prompt_ids) - 1 :]
+    behavior_T, adv_T = torch.tensor(one.behavior_logp), torch.full_like(logp_T, one.advantage)
+    return ppo_clip(logp_T, behavior_T, adv_T, clip_low=0.2, clip_high=0.28)[0].sum()
+
+
+def furthest(got, expected):
+    assert got.keys() == expected.keys()
+    return max(float((got[name].float() - tensor).abs().max()) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("split", [*SPLITS, "packed"])
+def test_t1_t2_every_split_and_stage_takes_the_same_step(single_rank, split, stage):
+    asked = recipe(stage)
+    engine = make_engine(single_rank, asked)
+    batch = packed(single_rank, WINDOWS[0]) if split == "packed" else in_parts(WINDOWS[0], SPLITS[split])
+    norm = take(engine, batch)
+    expected, [expected_norm] = reference(WINDOWS[:1], asked)
+    torch.testing.assert_close(weights(engine), expected, **TOLERANCE)
+    assert norm == pytest.approx(expected_norm, rel=1e-5)
+    assert furthest(expected, dict(tiny_policy().model.named_parameters())) > 0.01
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_t3_t4_each_step_has_its_own_window_and_nothing_of_the_last(single_rank, stage):
+    asked = recipe(stage)
+    engine = make_engine(single_rank, asked)
+    norms = [take(engine, in_parts(WINDOWS[0], [5, 4, 3])), take(engine, in_parts(WINDOWS[1], [4, 1]))]
+    expected, expected_norms = reference(WINDOWS, asked)
+    torch.testing.assert_close(weights(engine), expected, **TOLERANCE)
+    assert norms == pytest.approx(expected_norms, rel=1e-5)
+    assert engine.updates == 2 and engine.deepspeed.global_steps == 2
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_clipping_scales_the_gradient_and_reports_its_norm_before(single_rank, stage):
+    asked = recipe(stage, grad_clip=0.05, weight_decay=0.1)
+    engine = make_engine(single_rank, asked)
+    norm = take(engine, packed(single_rank, WINDOWS[0]))
+    expected, [expected_norm] = reference(WINDOWS[:1], asked)
+    assert norm == pytest.approx(expected_norm, rel=1e-5) and norm > 0.5
+    torch.testing.assert_close(weights(engine), expected, **TOLERANCE)
+
+
+def test_t16_the_engine_trains_at_the_sampling_temperature(single_rank):
+    engine = make_engine(single_rank, recipe(), temperature=0.6)
+    take(engine, packed(single_rank, WINDOWS[0]))
+    expected, _ = reference(WINDOWS[:1], recipe(), temperature=0.6)
+    torch.testing.assert_close(weights(engine), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_bfloat16_takes_nearly_the_same_step(single_rank, stage):
+    engine = make_engine(single_rank, recipe(stage), dtype="bfloat16")
+    norm = take(engine, packed(single_rank, WINDOWS[0]))
+    expected, [expected_norm] = reference(WINDOWS[:1], recipe())
+    assert norm == pytest.approx(expected_norm, rel=0.05)
+    assert furthest(weights(engine), expected) < 0.02
+    assert {tensor.dtype for tensor in weights(engine).values()} == {torch.bfloat16}
+
+
+def test_bfloat16_training_keeps_updates_smaller_than_its_rounding(single_rank):
+    asked = recipe(lr=1e-6, eps=1e-8)
+    engine = make_engine(single_rank, asked, dtype="bfloat16")
+    for _ in range(3):
+        take(engine, packed(single_rank, WINDOWS[0]))
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    param = engine.deepspeed.module.model.lm_head.weight
+    assert float((safe_get_full_fp32_param(param) - param).abs().max()) > 1e-6
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.timeout(60)
+def test_a_gradient_that_is_not_finite_stops_the_run(single_rank, stage):
+    engine = make_engine(single_rank, recipe(stage))
+
+    def broken(micro, logp_BT):
+        return logp_BT * math.inf, {}
+
+    with pytest.raises(RunError, match=r"gradient must be finite .*lower engine.lr"):
+        update(engine, packed(single_rank, WINDOWS[0]), broken, Metrics(single_rank))
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (2, "float32"), (3, "bfloat16")])
+def test_engine_resumes_exactly(single_rank, tmp_path, stage, dtype):
+    asked = recipe(stage, schedule="linear", warmup_steps=2, lr=1e-2, eps=1e-8, grad_clip=1.0)
+    first = make_engine(single_rank, asked, dtype=dtype)
+    take(first, packed(single_rank, WINDOWS[0]))
+    first.save(tmp_path)
+    norm = take(first, packed(single_rank, WINDOWS[1]))
+    second = make_engine(single_rank, asked, dtype=dtype, seed=5)
+    second.load(tmp_path)
+    assert second.updates == 1
+    assert take(second, packed(single_rank, WINDOWS[1])) == norm
+    assert (second.lr, second.updates) == (first.lr, first.updates) == (1e-2, 2)
+    after = weights(first)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in weights(second).items())
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "float32")])
+def test_checkpoint_weights_are_the_policys(single_rank, tmp_path, stage, dtype):
+    engine = make_engine(single_rank, recipe(stage), dtype=dtype)
+    take(engine, packed(single_rank, WINDOWS[0]))
+    engine.save(tmp_path)
+    found = checkpoint_weights(tmp_path)
+    for name, tensor in weights(engine).items():
+        assert torch.equal(found[f"model.{name}"].to(tensor.dtype), tensor)
+
+
+def test_loading_from_an_empty_folder_says_what_to_do(single_rank, tmp_path):
+    with pytest.raises(RunError, match=r"must hold an engine checkpoint.*resume=never"):
+        make_engine(single_rank, recipe()).load(tmp_path)
+
+
+def test_engine_follows_the_learning_rate_schedule(single_rank):
+    engine = make_engine(single_rank, recipe(schedule="linear", warmup_steps=2, lr=0.01))
+    seen = []
+    for _ in range(4):
+        take(engine, packed(single_rank, WINDOWS[1]))
+        seen.append(engine.lr)
+    assert seen == pytest.approx([0.005, 0.01, 0.01, 0.005])
+
+
+def test_lr_factor_matches_hand_table():
+    cosine = partial(lr_factor, EngineRecipe(schedule="cosine", warmup_steps=1), total_steps=5)
+    assert [cosine(step) for step in range(6)] == pytest.approx([1, 1, 0.853553, 0.5, 0.146447, 0], abs=1e-6)
+    plateau = partial(lr_factor, EngineRecipe(schedule="linear", decay_frac=0.5), total_steps=8)
+    assert [plateau(step) for step in range(8)] == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert lr_factor(EngineRecipe(), 10**6, 5) == 1.0
+    assert lr_factor(EngineRecipe(schedule="linear", warmup_steps=9), 20, 5) == 0.0
+
+
+def test_deepspeed_section_is_merged_over_the_configuration():
+    own = {"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True}
+    config = deepspeed_config(EngineRecipe(zero_stage=3, deepspeed=own), "bfloat16", clip=True)
+    assert config["zero_optimization"] == {"stage": 3, "overlap_comm": False}
+    assert config["wall_clock_breakdown"] is True and config["gradient_clipping"] == 1.0
+    assert config["gradient_accumulation_steps"] == 1 and config["managed_gradient_accumulation"] is False
+
+
+@pytest.mark.parametrize("stage", (2, 3))
+def test_t33_t35_the_reference_gives_the_start_policys_log_probs_while_training_moves_on(single_rank, stage):
+    frozen = Frozen(tiny_policy(), recipe(stage), dtype="float32", temperature=0.6, world=single_rank)
+    engine = make_engine(single_rank, recipe(stage), temperature=0.6)
+    batch = packed(single_rank, WINDOWS[0])
+    before, _ = engine.token_logp(batch.micros[0])
+    take(engine, batch)
+    after, _ = engine.token_logp(batch.micros[0])
+    logp_BT = frozen.token_logp(batch.micros[0])
+    assert torch.equal(logp_BT, before.detach()) and not logp_BT.requires_grad
+    assert float((after - before).abs().max()) > 0.01
+
+
+def steps_on_two_ranks(world, cases):
+    """For each stage, type and share of rank 0: distance to plain torch, norms, numbers of micro-batches."""
+    expected, expected_norms = reference(WINDOWS, recipe(grad_clip=1.0))
+    results = []
+    for stage, dtype, share in cases:
+        engine = make_engine(world, recipe(stage, grad_clip=1.0), dtype=dtype)
+        own, norms, micros = slice(share) if world.is_main else slice(share, None), [], []
+        for documents in WINDOWS:
+            batch = packed(world, documents[own])
+            norms.append(take(engine, batch))
+            micros.append((len(batch.micros), sum(bool(micro.mask_BT.any()) for micro in batch.micros)))
+        distance = furthest(weights(engine), expected)
+        results.append({"distance": distance, "norms": norms, "expected": expected_norms, "micros": micros})
+    return results
+
+
+def reference_on_two_ranks(world):
+    """Distance of a sharded reference to the policy itself, asked between two updates of a sharded engine."""
+    frozen = Frozen(tiny_policy(), recipe(3), dtype="float32", temperature=1.0, world=world)
+    engine = make_engine(world, recipe(3))
+    mine = [one for _, one in shard(WINDOWS[0], world.rank, world.size)]
+    distance = 0.0
+    for _ in range(2):
+        batch = packed(world, mine)
+        for micro in batch.micros:
+            logp_BT = frozen.token_logp(micro)
+            own, _ = logp_and_entropy(tiny_policy(), micro)
+            distance = max(distance, float((logp_BT - own).abs().max()))
+        take(engine, batch)
+    return distance
+
+
+CASES = [(stage, "float32", share) for stage in STAGES for share in (9, 12)] + [
+    (stage, "bfloat16", 9) for stage in (1, 2, 3)
+]
+
+
+def on_two_ranks(world):
+    return {"steps": steps_on_two_ranks(world, CASES), "reference": reference_on_two_ranks(world)}
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    return run_ranks(on_two_ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_t5_two_ranks_with_unequal_shares_take_the_same_step(two_ranks, case):
+    (_, dtype, share), exact = case, case[1] == "float32"
+    first, second = (rank["steps"][CASES.index(case)] for rank in two_ranks)
+    for result in (first, second):
+        assert result["distance"] < (2e-6 if exact else 0.02), dtype
+        assert result["norms"] == pytest.approx(result["expected"], rel=1e-5 if exact else 0.15)
+    # As many micro-batches on both, though one of them has less to train, or nothing.
+    assert [count for count, _ in first["micros"]] == [count for count, _ in second["micros"]]
+    assert first["micros"][0][1] > second["micros"][0][1]
+    assert share == 9 or [trained for _, trained in second["micros"]] == [0, 0]
+
+
+@pytest.mark.slow
+def test_t33_the_reference_sharded_over_two_ranks_gives_the_policys_log_probs(two_ranks):
+    assert max(rank["reference"] for rank in two_ranks) < 1e-5
