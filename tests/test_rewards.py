@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 
 from rewards._numbers import as_number
 from rewards.boxed_answer import boxed_answer
 from rewards.exact_chain import exact_chain
 from rewards.final_number import final_number
+from rewards.marked_answer import marked_answer
 from rlpost.types import Rollout, Task
 
 
@@ -115,6 +118,29 @@ def test_boxed_answer_refuses_tasks_without_an_answer():
 )
 def test_exact_chain_table(text, reward):
     assert exact_chain(rollout(text, "10")) == reward
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("3 * 4 = 12.\n#### 12", 1.0),
+        ("#### 9999 \n", 1.0),
+        ("#### $1,000.50", 1.0),
+        ("#### 12 pens", 0.0),
+        ("#### 12\nSo it is 12.", 0.0),
+        ("The answer is #### 12", 0.0),
+        ("####", 0.0),
+        ("12", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_marked_answer_table(text, reward):
+    assert marked_answer(rollout(text, "12")) == reward
+
+
+def test_marked_answer_must_end_by_itself():
+    cut = replace(rollout("#### 1", "12"), finish_reason="length")
+    assert marked_answer(cut) == 0.0
 
 
 def test_exact_chain_does_not_trust_the_demonstration():
