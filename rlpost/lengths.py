@@ -6,15 +6,15 @@ import math
 from collections.abc import Sequence
 
 
-def soft_overlong(length: int, *, max_tokens: int, buffer: int) -> float:
+def soft_overlong(length: int, *, limit: int, buffer: int) -> float:
     """DAPO's soft overlong punishment, arXiv:2503.14476, eq. 13: 0 until `buffer` tokens are left, then down to -1.
 
-    `clip((max_tokens - buffer - length) / buffer, -1, 0)`; ScaleRL's ablated length penalty is the same function.
+    `clip((limit - buffer - length) / buffer, -1, 0)`; ScaleRL's ablated length penalty is the same function.
 
-    >>> [soft_overlong(length, max_tokens=100, buffer=20) for length in (80, 85, 100, 101)]
+    >>> [soft_overlong(length, limit=100, buffer=20) for length in (80, 85, 100, 101)]
     [0.0, -0.25, -1.0, -1.0]
     """
-    return min(0.0, max(-1.0, (max_tokens - buffer - length) / buffer))
+    return min(0.0, max(-1.0, (limit - buffer - length) / buffer))
 
 
 def kimi_length(lengths: Sequence[int], correct: Sequence[bool]) -> list[float]:
@@ -41,15 +41,15 @@ def warmed_up(weight: float, *, step: int, warmup_steps: int) -> float:
     return weight if step >= warmup_steps else 0.0
 
 
-def cosine_length(length: int, *, max_tokens: int, low: float, high: float) -> float:
-    """ProRLv2's cosine of the length: `high` for an empty answer, falling to `low` at `max_tokens` and beyond.
+def cosine_length(length: int, *, limit: int, low: float, high: float) -> float:
+    """ProRLv2's cosine of the length: `high` for an empty answer, falling to `low` at `limit` and beyond.
 
-    `low + (high - low) (1 + cos(pi length / max_tokens)) / 2`
+    `low + (high - low) (1 + cos(pi length / limit)) / 2`
 
-    >>> [round(cosine_length(length, max_tokens=100, low=-1.0, high=0.0), 6) for length in (0, 50, 100, 200)]
+    >>> [round(cosine_length(length, limit=100, low=-1.0, high=0.0), 6) for length in (0, 50, 100, 200)]
     [0.0, -0.5, -1.0, -1.0]
     """
-    return low + 0.5 * (high - low) * (1.0 + math.cos(math.pi * min(length, max_tokens) / max_tokens))
+    return low + 0.5 * (high - low) * (1.0 + math.cos(math.pi * min(length, limit) / limit))
 
 
 def switched_on(step: int, *, on: int, off: int) -> bool:

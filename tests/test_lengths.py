@@ -8,13 +8,13 @@ from rlpost.lengths import cosine_length, kimi_length, soft_overlong, switched_o
 def test_soft_overlong_is_the_published_table():
     # DAPO: 20,480 tokens, the last 4,096 of them the buffer.
     table = {0: 0.0, 16_384: 0.0, 18_432: -0.5, 20_480: -1.0, 30_000: -1.0}
-    assert {n: soft_overlong(n, max_tokens=20_480, buffer=4_096) for n in table} == table
+    assert {n: soft_overlong(n, limit=20_480, buffer=4_096) for n in table} == table
 
 
 @pytest.mark.parametrize("length", [0, 79, 80, 90, 100, 150])
 def test_soft_overlong_is_scalerl_s_length_penalty(length):
     other = min(max((100 - length) / 20 - 1, -1), 0)
-    assert soft_overlong(length, max_tokens=100, buffer=20) == pytest.approx(other)
+    assert soft_overlong(length, limit=100, buffer=20) == pytest.approx(other)
 
 
 def test_kimi_length_rewards_short_correct_answers_and_never_a_wrong_one():
@@ -27,7 +27,7 @@ def test_warm_up_is_a_step():
 
 
 def test_cosine_length_falls_from_high_to_low_and_stays():
-    found = [cosine_length(n, max_tokens=300, low=-0.5, high=0.5) for n in (0, 100, 150, 300, 900)]
+    found = [cosine_length(n, limit=300, low=-0.5, high=0.5) for n in (0, 100, 150, 300, 900)]
     assert found == pytest.approx([0.5, 0.25, 0.0, -0.5, -0.5])
 
 
