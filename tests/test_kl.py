@@ -71,7 +71,7 @@ def test_kl_of_extreme_log_ratios_is_finite(estimator, gap):
 
 
 def test_kl_refuses_an_unknown_estimator():
-    with pytest.raises(ValueError, match=r"k1, k2 or k3 \(got 'k4'\)"):
+    with pytest.raises(ValueError, match=r"k1.*\(got 'k4'\)"):
         kl("k4", torch.zeros(1), torch.zeros(1))
 
 

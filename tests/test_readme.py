@@ -71,7 +71,7 @@ def test_the_loss_in_contributing_passes_its_own_test():
     names = vars(losses).copy()
     exec(loss, names)
     exec(test, names)
-    names["test_cispo_matches_hand_table"]()
+    names["test_cispo_two_sided_matches_hand_table"]()
     exec(f"rows = {{{row}}}", names | vars(algorithms))
     exec(table, {"losses": SimpleNamespace(**names)})
 
