@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,11 @@ def make_lab(folder: Path) -> Path:
     return folder
 
 
+def hear_interrupts() -> None:
+    """Undo what a shell does to a job in the background, whose children never see Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def rlpost(
     lab: Path, *arguments: str, ranks: int = 1, accident: str = "", timeout_s: int = 400
 ) -> subprocess.CompletedProcess[str]:
@@ -84,6 +90,7 @@ def rlpost(
         text=True,
         timeout=timeout_s,
         check=False,
+        preexec_fn=hear_interrupts,
     )
 
 
