@@ -60,6 +60,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--to", type=Path, help="the folder to write (default: RUN/model)")
     command.add_argument("--checkpoint", type=Path, help="another than the newest, such as RUN/checkpoints/step-000010")
     command.set_defaults(run=export)
+    what = "the table of algorithms, or one of them as a section to paste into a recipe"
+    command = commands.add_parser("algorithms", help=what, description=what)
+    command.add_argument("name", nargs="?", type=algorithm_name, metavar="NAME", help="such as dapo")
+    command.set_defaults(run=algorithms)
     return top
 
 
@@ -119,6 +123,29 @@ def export(options: argparse.Namespace) -> None:
     from rlpost.world import World
 
     print(f"model: {export_run(options.run_folder, World(), checkpoint=options.checkpoint, to=options.to)}")
+
+
+def algorithms(options: argparse.Namespace) -> None:
+    """`rlpost algorithms`."""
+    from rich.console import Console
+
+    from rlpost.catalogue import print_catalogue, section
+
+    if options.name is None:
+        print_catalogue(Console())
+    else:
+        print(section(options.name), end="")
+
+
+def algorithm_name(text: str) -> str:
+    """`text` where it names an algorithm."""
+    from rlpost.algorithms import ALGORITHMS
+    from rlpost.plugins import did_you_mean
+
+    if text not in ALGORITHMS:
+        hint = did_you_mean(text, ALGORITHMS)
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(ALGORITHMS)} (got {text!r}){hint}")
+    return text
 
 
 def checked(options: argparse.Namespace) -> Recipe:

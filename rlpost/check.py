@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rlpost.algorithms import ALGORITHMS
+from rlpost.check_algorithm import algorithm_problems
 from rlpost.errors import RecipeError
 from rlpost.plugins import bind, did_you_mean
 from rlpost.recipe import Recipe, Sft, read
@@ -28,21 +28,37 @@ _BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
         lambda x: 0 < x < math.inf,
         "steps prompts_per_step keep_checkpoints model.context model.logp_chunk model.init.hidden_size "
         "model.init.intermediate_size model.init.num_layers model.init.num_heads model.init.num_kv_heads "
-        "sampling.group_size sampling.max_new_tokens sampling.temperature algorithm.clip_high "
-        "algorithm.minibatches algorithm.epochs generator.kv_cache_gib generator.max_num_seqs "
-        "generator.canary_tolerance engine.lr engine.eps engine.sync_bucket_mib batch.micro_tokens "
-        "batch.row_tokens sft.steps sft.batch_size sft.lr sft.max_seconds evaluation.n evaluation.temperature "
-        "evaluation.max_new_tokens",
+        "sampling.group_size sampling.max_new_tokens sampling.temperature algorithm.aggregation_tokens "
+        "algorithm.kl.target algorithm.kl.horizon algorithm.groups.max_waves algorithm.interruption.answer_tokens "
+        "algorithm.mismatch.offpolicy_limit algorithm.critic.lr algorithm.critic.value_clip algorithm.minibatches "
+        "algorithm.epochs generator.kv_cache_gib generator.max_num_seqs generator.canary_tolerance engine.lr "
+        "engine.eps engine.sync_bucket_mib batch.micro_tokens batch.row_tokens sft.steps sft.batch_size sft.lr "
+        "sft.max_seconds evaluation.n evaluation.temperature evaluation.max_new_tokens",
     ),
     (
         ">= 0",
         lambda x: 0 <= x < math.inf,
-        "seed save_every algorithm.kl_coef engine.weight_decay engine.warmup_steps engine.grad_clip sft.warmup_steps "
+        "seed save_every algorithm.kl.coef algorithm.kl.reset.every algorithm.kl.reset.kl_spike "
+        "algorithm.kl.reset.patience algorithm.kl.reset.min_gap algorithm.entropy.coef algorithm.entropy.target "
+        "algorithm.entropy.delta algorithm.entropy.low algorithm.entropy.high algorithm.imitation_coef "
+        "algorithm.critic.pretrain_steps engine.weight_decay engine.warmup_steps engine.grad_clip sft.warmup_steps "
         "sft.weight_decay evaluation.every logging.samples_per_step",
     ),
-    ("in (0, 1)", lambda x: 0 < x < 1, "algorithm.clip_low generator.memory_frac"),
-    ("in (0, 1]", lambda x: 0 < x <= 1, "sft.decay_frac evaluation.top_p"),
+    ("in (0, 1)", lambda x: 0 < x < 1, "generator.memory_frac"),
+    (
+        "in (0, 1]",
+        lambda x: 0 < x <= 1,
+        "algorithm.entropy.top_frac algorithm.critic.gamma sft.decay_frac evaluation.top_p",
+    ),
+    ("in [0, 1]", lambda x: 0 <= x <= 1, "algorithm.critic.lam"),
 ]
+
+_FILLED_FROM = {
+    "algorithm.aggregation_tokens": "sampling.max_new_tokens",
+    "algorithm.critic.lr": "engine.lr",
+    "evaluation.max_new_tokens": "sampling.max_new_tokens",
+}
+"""Fields that a recipe may leave to another one, whose bound is then the one to speak of."""
 
 
 def load_and_check(path: str | Path, overrides: Sequence[str] = (), world_size: int = 1) -> Recipe:
@@ -72,7 +88,8 @@ def check(recipe: Recipe, world_size: int = 1) -> list[str]:
         *_model(recipe),
         *_tasks(recipe),
         *_plugins(recipe),
-        *_algorithm(recipe),
+        *algorithm_problems(recipe),
+        *_sampling(recipe),
         *_batches(recipe, world_size),
         *_lengths(recipe),
         *_sft(recipe.sft, world_size),
@@ -82,15 +99,15 @@ def check(recipe: Recipe, world_size: int = 1) -> list[str]:
 
 
 def _bounds(recipe: Recipe) -> list[str]:
-    problems = []
+    problems: dict[str, str] = {}
     for bound, holds, keys in _BOUNDS:
         for key in keys.split():
             value: Any = recipe
             for part in key.split("."):
                 value = getattr(value, part, None)
             if value is not None and not holds(value):
-                problems.append(f"{key} must be {bound} (got {value})")
-    return problems
+                problems[key] = f"{key} must be {bound} (got {value})"
+    return [problem for key, problem in problems.items() if _FILLED_FROM.get(key) not in problems]
 
 
 def _model(recipe: Recipe) -> list[str]:
@@ -187,24 +204,14 @@ def _plugins(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _algorithm(recipe: Recipe) -> list[str]:
-    name, sampling = recipe.algorithm.name, recipe.sampling
-    problems = []
-    if name not in ALGORITHMS:
-        hint = did_you_mean(name, ALGORITHMS)
-        problems.append(f"algorithm.name must be one of {', '.join(ALGORITHMS)} (got {name!r}){hint}")
-    if name == "grpo" and sampling.group_size == 1:
-        problems.append(
-            "sampling.group_size must be >= 2 for algorithm.name=grpo (got 1): rewards are compared within a group; "
-            "raise it"
-        )
-    for key, value, whole in (("top_p", sampling.top_p, 1.0), ("top_k", sampling.top_k, 0)):
-        if value != whole:
-            problems.append(
-                f"sampling.{key} must be {whole} in training (got {value}): the trainer's log-probs are over the full "
-                "vocabulary, so a truncated sampler would be another policy; use sampling.temperature"
-            )
-    return problems
+def _sampling(recipe: Recipe) -> list[str]:
+    sampling = recipe.sampling
+    return [
+        f"sampling.{key} must be {whole} in training (got {value}): the trainer's log-probs are over the full "
+        "vocabulary and the sampler's mask is not replayed, so it would be another policy; use sampling.temperature"
+        for key, value, whole in (("top_p", sampling.top_p, 1.0), ("top_k", sampling.top_k, 0))
+        if value != whole
+    ]
 
 
 def _batches(recipe: Recipe, world_size: int) -> list[str]:
@@ -225,7 +232,8 @@ def _lengths(recipe: Recipe) -> list[str]:
     context = recipe.model.context or _made_for(recipe.model.path)
     if context is None:
         return []
-    return [
+    answer, interruption = recipe.sampling.max_new_tokens, recipe.algorithm.interruption
+    problems = [
         f"{key} must be less than model.context, which holds the prompt too (got {value} and {context})"
         for key, value in (
             ("sampling.max_new_tokens", recipe.sampling.max_new_tokens),
@@ -233,6 +241,12 @@ def _lengths(recipe: Recipe) -> list[str]:
         )
         if value >= context
     ]
+    if interruption.text is not None and answer < context <= answer + interruption.answer_tokens:
+        problems.append(
+            "sampling.max_new_tokens + algorithm.interruption.answer_tokens must be less than model.context, which "
+            f"holds the prompt too (got {answer} + {interruption.answer_tokens} and {context})"
+        )
+    return problems
 
 
 def _made_for(path: str | None) -> int | None:

@@ -1,10 +1,11 @@
 """The run's folder, and checkpoints of everything: a killed run goes on exactly where its newest whole one stands.
 
 <run_dir>/<name>/checkpoints/step-000012/
-    engine/              DeepSpeed's shards, written by all ranks
-    rank-0000.json, .pt  each rank's random generators
-    state.json           what the training loop gave: step, curriculum, clock, recipe, versions
-    manifest.json        size and SHA-256 of every file above: written last, so without it the folder is not whole
+    engine/, critic/       DeepSpeed's shards, written by all ranks
+    reference.safetensors  the reference, where it is no longer the model of the start
+    rank-0000.json, .pt    each rank's random generators
+    state.json             what the training loop gave: step, curriculum, objective, clock, versions
+    manifest.json          size and SHA-256 of every file above: written last, so without it the folder is not whole
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""DeepSpeed behind five verbs: `token_logp`, `backward`, `step`, `save`, `load`. The only file that knows it.
+"""DeepSpeed behind a few verbs: `token_logp`, `backward`, `step`, `save`, `load`. The only file that knows it.
 
-One owner of loss scaling: `reduce_tokens` has divided by the tokens of the whole optimizer step before `backward`, so
-DeepSpeed's own division by accumulation steps is off (`managed_gradient_accumulation: false`: the caller says where an
-optimizer step ends) and its mean over ranks is undone by `dp_size`.
+One owner of loss scaling: `losses.weighted_sum` has brought the weights of the whole optimizer step to a loss before
+`backward`, so DeepSpeed's own division by accumulation steps is off (`managed_gradient_accumulation: false`: the caller
+says where an optimizer step ends) and its mean over ranks is undone by `dp_size`.
 """
 
 from __future__ import annotations
@@ -10,34 +10,43 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlpost.errors import RunError
 from rlpost.policy import Policy
 from rlpost.recipe import EngineRecipe
 from rlpost.types import Micro
+from rlpost.weights import PREFIX, WeightStream
 from rlpost.world import World
 
+REFERENCE_FILE = "reference.safetensors"
 
-class Engine:
-    """A policy in training: sharded weights, optimizer, learning-rate schedule."""
+
+class Trained:
+    """A module in training: sharded weights, optimizer, learning-rate schedule."""
+
+    tag: ClassVar[str]
+    """Its folder in a checkpoint."""
+    lr_key: ClassVar[str]
+    """The recipe's key of its learning rate, for messages."""
 
     def __init__(
-        self, policy: Policy, recipe: EngineRecipe, *, dtype: str, temperature: float, total_updates: int, world: World
+        self, module: nn.Module, recipe: EngineRecipe, *, dtype: str, total_updates: int, world: World
     ) -> None:
-        self.recipe, self.world, self.temperature, self.dtype = recipe, world, temperature, dtype
+        self.recipe, self.world, self.dtype = recipe, world, dtype
         self.updates = 0
         """Optimizer steps taken: the policy's version."""
         self.lr = 0.0
         """Learning rate of the last optimizer step."""
         self._norm: float | None = None
-        policy.to(world.device)
+        module.to(world.device)
         optimizer = torch.optim.AdamW(
-            policy.parameters(),
+            module.parameters(),
             lr=recipe.lr,
             betas=(recipe.betas[0], recipe.betas[1]),
             eps=recipe.eps,
@@ -49,18 +58,11 @@ class Engine:
             optimizer.register_step_pre_hook(self._clip)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(recipe, step, total_updates))
         self.deepspeed, *_ = _deepspeed().initialize(
-            model=policy,
+            model=module,
             optimizer=optimizer,
             lr_scheduler=scheduler,
             config=deepspeed_config(recipe, dtype, clip=not clips_itself),
             dist_init_required=False,
-        )
-
-    def token_logp(self, micro: Micro, *, temperature: float | None = None) -> tuple[Tensor, Tensor]:
-        """Log-prob and entropy `[B, T]` of the micro-batch's targets; None: at the sampling temperature."""
-        temperature = temperature or self.temperature
-        return self.deepspeed(
-            micro.tokens_BT, micro.position_BT, micro.target_BT, micro.mask_BT, temperature=temperature
         )
 
     def backward(self, loss: Tensor) -> None:
@@ -76,22 +78,30 @@ class Engine:
         norm = float(norm) if norm is not None else math.nan
         if not math.isfinite(norm):
             raise RunError(
-                f"the gradient must be finite (its norm is {norm} at optimizer step {self.updates}): lower engine.lr, "
-                "check the rewards for extreme values, and go on from the last checkpoint with resume=auto"
+                f"the gradient must be finite (its norm is {norm} at optimizer step {self.updates}): lower "
+                f"{self.lr_key}, check the rewards for extreme values, and go on from the last checkpoint with "
+                "resume=auto"
             )
         return norm
 
+    def clear_optimizer(self) -> None:
+        """Forget the optimizer's moments and step counts; weights and learning-rate schedule stay as they are."""
+        for state in self.deepspeed.basic_optimizer.state.values():
+            for value in state.values():
+                value.zero_()  # in place: DeepSpeed keeps views of the moments
+
     def save(self, folder: Path) -> None:
         """Write weights, optimizer and schedule; every rank calls it and writes its own shard."""
-        self.deepspeed.save_checkpoint(str(folder), tag="engine", client_state={"updates": self.updates})
+        self.deepspeed.save_checkpoint(str(folder), tag=self.tag, client_state={"updates": self.updates})
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, with the same number of ranks."""
-        if not (folder / "engine").is_dir():
+        if not (folder / self.tag).is_dir():
             raise RunError(
-                f"resume: {folder} must hold an engine checkpoint: choose another, or start with resume=never"
+                f"resume: {folder} must hold an engine checkpoint (it has no folder {self.tag}): choose another, or "
+                "start with resume=never"
             )
-        _, client_state = self.deepspeed.load_checkpoint(str(folder), tag="engine")
+        _, client_state = self.deepspeed.load_checkpoint(str(folder), tag=self.tag)
         self.updates = int(client_state["updates"])
 
     def _clip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -99,24 +109,93 @@ class Engine:
         self._norm = float(torch.nn.utils.clip_grad_norm_(params, self.recipe.grad_clip or math.inf))
 
 
+class Engine(Trained):
+    """The policy in training."""
+
+    tag = "engine"
+    lr_key = "engine.lr"
+
+    def __init__(
+        self, policy: Policy, recipe: EngineRecipe, *, dtype: str, temperature: float, total_updates: int, world: World
+    ) -> None:
+        super().__init__(policy, recipe, dtype=dtype, total_updates=total_updates, world=world)
+        self.temperature = temperature
+
+    def token_logp(self, micro: Micro, *, temperature: float | None = None) -> tuple[Tensor, Tensor]:
+        """Log-prob and entropy `[B, T]` of the micro-batch's targets; None: at the sampling temperature."""
+        temperature = temperature or self.temperature
+        return self.deepspeed(
+            micro.tokens_BT, micro.position_BT, micro.target_BT, micro.mask_BT, temperature=temperature
+        )
+
+
 class Frozen:
     """A policy that is only asked for log-probs: the reference. Sharded where the trained one is (ZeRO-3)."""
 
     def __init__(self, policy: Policy, recipe: EngineRecipe, *, dtype: str, temperature: float, world: World) -> None:
-        self.temperature = temperature
+        self.recipe, self.temperature, self.world = recipe, temperature, world
+        self.followed = False
+        """Whether it has become a copy of the policy in training since the run began."""
         policy.requires_grad_(False).to(world.device)
-        self.policy: Any = policy
+        self.policy = policy
+        self._forward: Any = policy
         if recipe.zero_stage == 3 and world.size > 1:
             config = deepspeed_config(recipe, dtype, clip=False)
-            self.policy, *_ = _deepspeed().initialize(model=policy, config=config, dist_init_required=False)
+            self._forward, *_ = _deepspeed().initialize(model=policy, config=config, dist_init_required=False)
 
     @torch.no_grad()
     def token_logp(self, micro: Micro) -> Tensor:
         """Log-probs `[B, T]` of the micro-batch's targets."""
-        logp_BT, _ = self.policy(
+        logp_BT, _ = self._forward(
             micro.tokens_BT, micro.position_BT, micro.target_BT, micro.mask_BT, temperature=self.temperature
         )
         return logp_BT
+
+    def follow(self, engine: Engine) -> None:
+        """Become a copy of the policy in training as it is now; every rank calls it."""
+        self._become(WeightStream(engine.deepspeed.module, bucket_bytes=engine.recipe.sync_bucket_mib << 20))
+
+    def save(self, folder: Path) -> None:
+        """Write the weights, where they are no longer those that the run began with; every rank calls it."""
+        if not self.followed:
+            return
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        whole: dict[str, Tensor] = {}
+        for name, tensor in WeightStream(self.policy, bucket_bytes=self.recipe.sync_bucket_mib << 20):
+            if self.world.is_main:
+                whole[name] = tensor.cpu().contiguous()
+        if self.world.is_main:
+            try:
+                save_file(whole, folder / REFERENCE_FILE)
+            except SafetensorError as error:  # a full disk, among others
+                raise OSError(str(error)) from error
+        self.world.barrier()
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, with any number of ranks; without it the reference is that of the run's start."""
+        file = folder / REFERENCE_FILE
+        if not file.is_file():
+            return
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as weights:
+            names = weights.keys()
+            self._become((name, weights.get_tensor(name)) for name in names)
+
+    @torch.no_grad()
+    def _become(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        params = dict(self.policy.named_parameters())
+        for name, tensor in weights:
+            param = params[PREFIX + name]
+            if not hasattr(param, "ds_id"):
+                param.copy_(tensor)
+                continue
+            with _deepspeed().zero.GatheredParameters([param], modifier_rank=0):
+                if self.world.is_main:
+                    param.copy_(tensor)
+        self.followed = True
 
 
 def lr_factor(recipe: EngineRecipe, step: int, total_steps: int) -> float:
@@ -172,12 +251,12 @@ def _deepspeed() -> Any:
 
 
 def checkpoint_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The whole weights in a checkpoint, whatever ZeRO stage and number of ranks wrote it."""
+    """The whole weights of the policy in a checkpoint, whatever ZeRO stage and number of ranks wrote it."""
     _deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    whole = checkpoint / "engine" / "mp_rank_00_model_states.pt"
+    whole = checkpoint / Engine.tag / "mp_rank_00_model_states.pt"
     if whole.is_file():  # every stage but 3, which leaves only shards
         # DeepSpeed's own pickle, written by this program.
         return torch.load(whole, map_location="cpu", weights_only=False)["module"]
-    return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="engine")
+    return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=Engine.tag)

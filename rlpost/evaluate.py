@@ -6,9 +6,10 @@ An answer is correct where the recipe's first reward gives it at least 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from rlpost.algorithm_recipe import Interruption
 from rlpost.collect import collect, shard
 from rlpost.engine import Engine
 from rlpost.errors import RunError
@@ -34,6 +35,7 @@ class Evaluator:
     sampling: Sampling
     seed: int
     world: World
+    interruption: Interruption = field(default_factory=Interruption)
 
     def __call__(self, generator: Generator, engine: Engine) -> dict[str, float]:
         """Sample `n` answers a problem from the engine's policy, and say how many are right.
@@ -50,16 +52,16 @@ class Evaluator:
                 group_size=self.recipe.n,
                 first_group=0,
                 seed=self.seed + EVAL_SEED_OFFSET,
+                interruption=self.interruption,
             )
         score(groups, self.rewards)
         rows = [row for rows in self.world.all_gather_object([self._row(group) for group in groups]) for row in rows]
         return tabulate(rows, self.recipe.n)
 
     def _row(self, group: Group) -> dict[str, Any]:
-        judge = self.rewards[0].name
         level = group.task.extra.get(self.recipe.by) if self.recipe.by else None
         return {
-            "correct": sum((rollout.reward_parts[judge] or 0.0) >= 1.0 for rollout in group.rollouts),
+            "correct": sum(bool(rollout.passed) for rollout in group.rollouts),
             "level": None if level is None else f"{self.recipe.by}={level}",
             "tokens": sum(len(rollout.token_ids) for rollout in group.rollouts),
             "truncated": sum(rollout.truncated for rollout in group.rollouts),

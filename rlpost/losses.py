@@ -1,4 +1,4 @@
-"""Policy losses per token, and the one reducer. Pure functions on tensors; none writes into an argument.
+"""Losses per token, and the one reducer. Pure functions on tensors; none writes into an argument.
 
 Shapes: `B` rows of a packed micro-batch, `T` positions. `logp_BT` is the policy being trained, `behavior_logp_BT` the
 denominator of the ratio: what the tokens were sampled with, or the trainer's own `prox_logp` where a run decouples the
@@ -290,16 +290,6 @@ def token_covariance(logp_BT: Tensor, adv_BT: Tensor, mask_BT: Tensor) -> Tensor
     logp_BT, adv_BT = blank(mask_BT, logp_BT.detach(), adv_BT)
     count = mask_BT.sum().clamp_min(1)
     return (adv_BT - adv_BT.sum() / count) * (logp_BT - logp_BT.sum() / count)
-
-
-def reduce_tokens(x_BT: Tensor, mask_BT: Tensor, step_tokens: int, dp_size: int) -> Tensor:
-    """Mean over the trained tokens of the whole optimizer step: the only place that divides a loss.
-
-    `step_tokens` counts all ranks and all micro-batches, so micro-batch losses add up to the mean. The engine averages
-    gradients over `dp_size` ranks; multiplying by it undoes that. Zero where there is nothing to train.
-    """
-    kept_BT = torch.where(mask_BT, x_BT, torch.zeros_like(x_BT))
-    return kept_BT.sum() * (dp_size / max(step_tokens, 1))
 
 
 def weighted_sum(x_BT: Tensor, weight_BT: Tensor, dp_size: int) -> Tensor:

@@ -99,7 +99,8 @@ def step_line(metrics: Mapping[str, float]) -> str:
     shown = [f"{label} {form.format(metrics[name])}" for name, (label, form) in FIGURES.items() if name in metrics]
     step_s = metrics.get("time/step_s", 0.0)
     if step_s:
-        split = ", ".join(f"{phase} {metrics.get(f'time/{phase}_s', 0.0) / step_s:.0%}" for phase in WORK)
+        shares = {phase: metrics.get(f"time/{phase}_s", 0.0) / step_s for phase in WORK}
+        split = ", ".join(f"{phase} {share:.0%}" for phase, share in shares.items() if share >= 0.005)
         shown.append(f"{step_s:.1f} s ({split})")
     return "  ".join(shown)
 

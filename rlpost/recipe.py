@@ -16,12 +16,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlpost.algorithms import ALGORITHMS
+from rlpost.algorithm_recipe import Algorithm
+from rlpost.algorithms import ALGORITHMS, with_bundle
 from rlpost.errors import RecipeError
 from rlpost.plugins import did_you_mean, make_importable
 from rlpost.yaml_tree import expand, override, parse
 
 CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
+CRITIC_LR_RATIO = 2.0
+"""As in VAPO, arXiv:2504.05118: 1e-6 and 2e-6."""
 _WORDS: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -116,26 +119,6 @@ class SamplingRecipe:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-
-
-@dataclass
-class Algorithm:
-    """The objective. Fields that are None take the vetted default of `name` in `algorithms.py`."""
-
-    name: str = "grpo"
-    clip_low: float | None = None
-    clip_high: float | None = None
-    scale_by_std: bool | None = None
-    """Divide a group's centred rewards by their standard deviation."""
-    drop_zero_spread: bool | None = None
-    """Leave out groups whose rewards are all equal: they carry no gradient."""
-    kl_coef: float | None = None
-    """Weight of the KL to the frozen start policy in the loss; 0: no reference is kept."""
-    kl_estimator: Literal["k1", "k2", "k3"] | None = None
-    minibatches: int = 1
-    """Optimizer steps that one batch of rollouts is divided into."""
-    epochs: int = 1
-    """Passes over one batch of rollouts."""
 
 
 @dataclass
@@ -257,7 +240,7 @@ class Recipe:
     model: Model = field(default_factory=Model)
     tasks: Tasks = field(default_factory=Tasks)
     curriculum: dict[str, Any] = field(default_factory=lambda: {"use": "uniform"})
-    """`use`: a name in `curricula/` or a dotted path; the rest are its parameters."""
+    """`use`: a name in `curricula/` or a dotted path; the rest are its parameters. Left out: the algorithm's."""
     rewards: list[dict[str, Any]] = field(default_factory=list)
     """Each with `use` (a name in `rewards/` or a dotted path), `weight` (default 1.0), and the reward's parameters."""
     sampling: SamplingRecipe = field(default_factory=SamplingRecipe)
@@ -293,6 +276,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[
     problems: list[str] = []
     for text in overrides:
         problems += override(tree, text)
+    _name_algorithm(tree)
     config: DictConfig = OmegaConf.structured(Recipe)
     _merge(config, Recipe, tree, "", problems)
     for key in sorted(OmegaConf.missing_keys(config)):
@@ -301,6 +285,17 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[
     recipe = OmegaConf.to_object(config)
     assert isinstance(recipe, Recipe)
     return _fill(recipe, path.stem), problems
+
+
+def _name_algorithm(tree: dict[str, Any]) -> None:
+    """Fill in what the named algorithm stands for, below what the recipe says."""
+    section = {} if tree.get("algorithm") is None else tree["algorithm"]
+    if not isinstance(section, dict):
+        return
+    tree["algorithm"] = with_bundle(section)
+    bundle = ALGORITHMS.get(str(section.get("name", Algorithm.name)))
+    if bundle is not None and tree.get("curriculum") is None:
+        tree["curriculum"] = {"use": bundle.curriculum}
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -324,7 +319,7 @@ def _merge(config: DictConfig, schema: type, values: Mapping[Any, Any], prefix: 
             _merge(config[key], section, value, f"{where}.", problems)  # type: ignore[arg-type]
             continue
         try:
-            OmegaConf.update(config, key, value)
+            OmegaConf.update(config, key, value, merge=False)
         except OmegaConfBaseException:
             problems.append(f"{where} must be {_description(hints[key])} (got {value!r})")
 
@@ -343,10 +338,13 @@ def _description(hint: Any) -> str:
 def _fill(recipe: Recipe, stem: str) -> Recipe:
     """The recipe with what is decided from the rest of it."""
     recipe.name = recipe.name or stem
-    if (defaults := ALGORITHMS.get(recipe.algorithm.name)) is not None:
-        for key, value in asdict(defaults).items():
-            if getattr(recipe.algorithm, key, 0) is None:
-                setattr(recipe.algorithm, key, value)
+    algorithm, critic = recipe.algorithm, recipe.algorithm.critic
+    if algorithm.aggregation_tokens is None:
+        algorithm.aggregation_tokens = recipe.sampling.max_new_tokens
+    if critic.lr is None:
+        critic.lr = CRITIC_LR_RATIO * recipe.engine.lr
+    if critic.pretrain_steps is None:
+        critic.pretrain_steps = min(50, recipe.steps // 4)
     if recipe.evaluation.max_new_tokens is None:
         recipe.evaluation.max_new_tokens = recipe.sampling.max_new_tokens
     if recipe.generator.canary_tolerance is None:

@@ -59,6 +59,10 @@ class Renderer:
         """What supervised training imitates: the solution and the end token."""
         return (*self._encode(solution, special=False), self.stop_ids[0])
 
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """Plain text as it stands, without special tokens."""
+        return self._encode(text, special=False)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))

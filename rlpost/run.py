@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlpost.batch import Packer, make_packer
-from rlpost.checkpoint import Checkpoints, open_run
+from rlpost.checkpoint import Checkpoints, Saves, open_run
+from rlpost.critic import Critic, load_value_model
 from rlpost.engine import Engine, Frozen
 from rlpost.errors import RunError
 from rlpost.evaluate import Evaluator
 from rlpost.generate.base import Canary, Generator, canary_tokens
 from rlpost.metrics import Clock, Metrics
 from rlpost.model_source import context_length, model_folder
+from rlpost.objective import Objective
 from rlpost.plugins import bind
 from rlpost.policy import load_policy
 from rlpost.recipe import Recipe
@@ -49,14 +52,41 @@ class Run:
     packer: Packer
     engine: Engine
     reference: Frozen | None
+    critic: Critic | None
+    objective: Objective
     evaluator: Evaluator | None
     metrics: Metrics
     trackers: Trackers
     samples: Samples
     checkpoints: Checkpoints
     start_step: int = 0
+    next_group: int = 0
+    """The id of the next group to be generated."""
     evals: dict[str, Any] = field(default_factory=dict)
     """Held-out figures `before` and `after`."""
+
+    @property
+    def engines(self) -> Engines:
+        """Every engine whose weights a checkpoint holds."""
+        every: list[Saves | None] = [self.engine, self.critic, self.reference]
+        return Engines([part for part in every if part is not None])
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Several engines that are saved and loaded together."""
+
+    parts: Sequence[Saves]
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's shards."""
+        for part in self.parts:
+            part.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+        for part in self.parts:
+            part.load(folder)
 
 
 def build(recipe: Recipe, world: World) -> Run:
@@ -73,7 +103,7 @@ def build(recipe: Recipe, world: World) -> Run:
         folder = open_run(recipe, world)
         with clock("sft"):
             model = base_model(recipe, world) if recipe.sft else start
-        engine, reference = make_engines(recipe, model, world)
+        engine, reference, critic = make_engines(recipe, model, world)
         run = Run(
             recipe=recipe,
             world=world,
@@ -88,12 +118,15 @@ def build(recipe: Recipe, world: World) -> Run:
             packer=make_packer(recipe, world),
             engine=engine,
             reference=reference,
+            critic=critic,
+            objective=Objective(recipe.algorithm, world),
             evaluator=evaluator,
             metrics=Metrics(world),
             trackers=Trackers(folder, recipe, world),
             samples=Samples(folder, recipe.logging.samples_per_step),
             checkpoints=Checkpoints(folder, world, keep=recipe.keep_checkpoints),
         )
+        torch.manual_seed(recipe.seed + world.rank)  # what a loss draws, whatever was drawn while the parts were made
         resume(run)
     clock.lap()
     return run
@@ -113,7 +146,9 @@ def resume(run: Run) -> None:
 def _restore(run: Run) -> None:
     path = run.checkpoints.newest() if run.recipe.resume == "auto" else Path(run.recipe.resume)
     if path is not None:
-        state = run.checkpoints.load(path, run.engine)
+        state = run.checkpoints.load(path, run.engines)
+        run.objective.load_state_dict(state["objective"])
+        run.next_group = int(state["next_group"])
         run.curriculum.load_state_dict(state["curriculum"])
         run.clock.load_state_dict(state["clock"])
         run.evals.update(state["evals"])
@@ -139,8 +174,17 @@ def make_curriculum(recipe: Recipe, tasks: list[Task]) -> Any:
 def training_sampling(recipe: Recipe, tasks: list[Task], renderer: Renderer) -> Sampling:
     """How rollouts are drawn in training; every training prompt must leave room for them."""
     asked = recipe.sampling
-    check_lengths(tasks, renderer, asked.max_new_tokens, "tasks.train")
+    check_room(recipe, tasks, renderer, asked.max_new_tokens, "tasks.train")
     return Sampling(asked.max_new_tokens, asked.temperature, asked.top_p, asked.top_k, renderer.stop_ids)
+
+
+def check_room(recipe: Recipe, tasks: list[Task], renderer: Renderer, max_new_tokens: int, where: str) -> None:
+    """Every prompt must leave room for an answer, and for what may follow where answers are interrupted."""
+    interruption = recipe.algorithm.interruption
+    if interruption.text is not None:
+        max_new_tokens += len(renderer.text_ids(interruption.text)) + interruption.answer_tokens
+        where = f"{where} with algorithm.interruption"
+    check_lengths(tasks, renderer, max_new_tokens, where)
 
 
 def make_evaluator(
@@ -151,23 +195,28 @@ def make_evaluator(
         return None
     asked = recipe.evaluation
     max_new_tokens = asked.max_new_tokens or recipe.sampling.max_new_tokens
-    check_lengths(tasks, renderer, max_new_tokens, "tasks.eval")
+    check_room(recipe, tasks, renderer, max_new_tokens, "tasks.eval")
     sampling = Sampling(max_new_tokens, asked.temperature, asked.top_p, stop_ids=renderer.stop_ids)
-    return Evaluator(tasks, asked, renderer, rewards, sampling, recipe.seed, world)
+    return Evaluator(tasks, asked, renderer, rewards, sampling, recipe.seed, world, recipe.algorithm.interruption)
 
 
-def make_engines(recipe: Recipe, model: Path, world: World) -> tuple[Engine, Frozen | None]:
-    """The engine that trains, and the frozen reference where the objective asks for one."""
-    shared: dict[str, Any] = {
-        "dtype": recipe.model.dtype,
-        "temperature": recipe.sampling.temperature,
-        "world": world,
-    }
-    updates = recipe.steps * recipe.algorithm.minibatches * recipe.algorithm.epochs
-    engine = Engine(load_policy(model, recipe.model), recipe.engine, total_updates=updates, **shared)
-    if not recipe.algorithm.kl_coef:
-        return engine, None
-    return engine, Frozen(load_policy(model, recipe.model), recipe.engine, **shared)
+def make_engines(recipe: Recipe, model: Path, world: World) -> tuple[Engine, Frozen | None, Critic | None]:
+    """The engine that trains, and the frozen reference and the critic where the objective asks for them."""
+    algorithm, engine = recipe.algorithm, recipe.engine
+    shared: dict[str, Any] = {"dtype": recipe.model.dtype, "world": world}
+    with_critic = algorithm.advantage["use"] == "gae"
+    alone = (algorithm.critic.pretrain_steps or 0) if with_critic else 0
+    a_step = algorithm.minibatches * algorithm.epochs
+    by_temperature = shared | {"temperature": recipe.sampling.temperature}
+    has_bonus = algorithm.entropy.coef > 0 or algorithm.entropy.target is not None
+    policy = load_policy(model, recipe.model, entropy_grad=has_bonus)
+    trained = Engine(policy, engine, total_updates=(recipe.steps - alone) * a_step, **by_temperature)
+    reference = Frozen(load_policy(model, recipe.model), engine, **by_temperature) if algorithm.kl.coef else None
+    if not with_critic:
+        return trained, reference, None
+    own = replace(engine, lr=algorithm.critic.lr or engine.lr)
+    values = load_value_model(model, recipe.model)
+    return trained, reference, Critic(values, own, total_updates=recipe.steps * a_step, **shared)
 
 
 def make_generator(recipe: Recipe, model: Path, renderer: Renderer, first_task: Task, world: World) -> Generator:
@@ -193,6 +242,6 @@ def evaluate_model(recipe: Recipe, world: World) -> dict[str, float]:
     evaluator = make_evaluator(recipe, eval_tasks, renderer, bind_rewards(recipe.rewards), world)
     if evaluator is None:
         raise RunError("tasks.eval must name the held-out problems (the recipe has none): add tasks.eval.path")
-    engine, _ = make_engines(recipe, model, world)
+    engine, *_ = make_engines(recipe, model, world)
     with closing(make_generator(recipe, model, renderer, eval_tasks[0], world)) as generator:
         return evaluator(generator, engine)

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rlpost.checkpoint import Checkpoints
 from rlpost.engine import Engine
 from rlpost.errors import RunError
 from rlpost.export import export_policy
-from rlpost.losses import nll
+from rlpost.losses import nll, weighted_sum
 from rlpost.metrics import Metrics
 from rlpost.model_source import cached_folder, context_length, is_ready, make_folder, mark_ready, model_folder
 from rlpost.policy import load_policy
@@ -76,7 +77,7 @@ def sft(recipe: Recipe, section: Sft, start: Path, folder: Path, world: World) -
         for step in range(first, section.steps):
             documents = demonstrations.batch(step, section.batch_size)[world.rank :: world.size]
             batch = make_batch(documents, packer, world)
-            update(engine, batch, imitation_loss, metrics)
+            metrics.mean("optim/grad_norm", update(engine, batch, partial(imitation_loss, engine), metrics))
             metrics.last("optim/lr", engine.lr)
             metrics.sum("tokens/trained", batch.step_tokens if world.is_main else 0)
             figures = metrics.reduce()
@@ -91,9 +92,12 @@ def sft(recipe: Recipe, section: Sft, start: Path, folder: Path, world: World) -
     checkpoints.clear()
 
 
-def imitation_loss(micro: Micro, logp_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of each completion token `[B, T]`."""
-    return nll(logp_BT), {}
+def imitation_loss(engine: Engine, micro: Micro) -> tuple[Tensor, dict[str, Tensor]]:
+    """The micro-batch's share of the mean cross-entropy of the step's completion tokens, and per-token figures."""
+    logp_BT, entropy_BT = engine.token_logp(micro)
+    loss_BT = nll(logp_BT)
+    logged = {"policy/loss": loss_BT, "policy/entropy": entropy_BT}
+    return weighted_sum(loss_BT, micro.weight_BT, engine.world.size), logged
 
 
 class Demonstrations:

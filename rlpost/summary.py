@@ -31,7 +31,7 @@ PACKAGES = (
     "numpy",
     "omegaconf",
 )
-WORK = ("generate", "train")
+WORK = ("generate", "score", "train")
 """The phases that a step is for; every other phase of a step is overhead."""
 
 

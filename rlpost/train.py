@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from rlpost import advantages, figures, losses
-from rlpost.batch import make_batches
-from rlpost.collect import collect, shard
+from rlpost import figures
+from rlpost.batch import Document, documents_of, in_parts, make_batch, with_scores
+from rlpost.credit import credit
 from rlpost.errors import RunError, SharedError
-from rlpost.kl import kl
 from rlpost.progress import Progress
 from rlpost.recipe import Recipe
+from rlpost.rollouts import gather
 from rlpost.run import Run, build
-from rlpost.score import score
 from rlpost.summary import write_summary
-from rlpost.types import Group, Micro, Outcome
+from rlpost.types import Batch, Group, Micro
 from rlpost.update import update
 from rlpost.world import World
 
@@ -35,9 +32,12 @@ def train(recipe: Recipe, world: World) -> Path:
             run.evals["before"] = evaluate(run, 0, progress)
         for step in range(run.start_step, recipe.steps):
             with saved_on_failure(run, step):
-                progress.update(step, train_step(run, step))
+                logged = train_step(run, step)
+            progress.update(step, logged)
+            if said := adapt(run, step, logged):
+                progress.message(said)
             if run.evaluator and every(recipe.evaluation.every, step) and step + 1 < recipe.steps:
-                evaluate(run, step + 1, progress)
+                run.objective.after_evaluation(evaluate(run, step + 1, progress)["pass@1"])
             if every(recipe.save_every, step) or step + 1 == recipe.steps:
                 save(run, step + 1)
         if run.evaluator:
@@ -47,95 +47,100 @@ def train(recipe: Recipe, world: World) -> Path:
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
-    """One step: tasks, rollouts, rewards, advantages, optimizer steps, figures."""
-    recipe, world, clock, metrics, engine = run.recipe, run.world, run.clock, run.metrics, run.engine
-    with clock("select"):
-        tasks = run.curriculum.select(recipe.prompts_per_step)  # the same list on every rank
-    with clock("sync"), run.generator.awake(engine, engine.updates), clock("generate"):
-        groups = collect(
-            run.generator,
-            run.renderer,
-            shard(tasks, world.rank, world.size),
-            run.sampling,
-            group_size=recipe.sampling.group_size,
-            first_group=step * recipe.prompts_per_step,
-            seed=recipe.seed,
-        )
-        world.barrier()  # waiting for the longest answer is generation, on every rank
-    with clock("reward"):
-        run.curriculum.observe(score_together(run, step, groups))
+    """One step: tasks, rollouts and rewards, then advantages, then optimizer steps, then figures."""
+    recipe, clock, metrics, engine, critic = run.recipe, run.clock, run.metrics, run.engine, run.critic
+    groups = gather(run, step)
+    with clock("score"):
+        documents = score_documents(run, documents_of(groups, train_truncated=recipe.algorithm.truncated == "keep"))
+        run.objective.begin(documents)
     with clock("batch"):
-        figures.log_rollouts(run, step, groups)
-        kept = [group for group in groups if group.has_spread or not recipe.algorithm.drop_zero_spread]
-        advantages_PG = [group_advantages(group, recipe) for group in kept]
-        batches = make_batches(kept, advantages_PG, run.packer, world, minibatches=recipe.algorithm.minibatches)
+        batches = make_batches(run, groups, documents)
+    warming_up = critic is not None and step < (recipe.algorithm.critic.pretrain_steps or 0)
+    if recipe.algorithm.fresh_optimizer:
+        engine.clear_optimizer()
+    version = engine.updates
     for epoch in range(recipe.algorithm.epochs):
         for place, batch in enumerate(batches):
             if not batch.step_tokens:  # counted over all ranks, so all ranks leave it out
                 continue
-            first = epoch == place == 0
             with clock("train"):
-                update(engine, batch, partial(policy_loss, run, first=first), metrics)
-            metrics.sum("tokens/trained", batch.step_tokens if world.is_main else 0)
+                if not warming_up:
+                    measured = epoch == 0 and (place == 0 or run.objective.needs_prox)
+                    loss = partial(policy_loss, run, version=version, measured=measured)
+                    metrics.mean("optim/grad_norm", update(engine, batch, loss, metrics))
+                    metrics.sum("tokens/trained", batch.step_tokens if run.world.is_main else 0)
+                if critic is not None:
+                    loss = partial(value_loss, run)
+                    metrics.mean("critic/grad_norm", update(critic, batch, loss, metrics))
     return figures.log_step(run, step)
 
 
-def score_together(run: Run, step: int, groups: list[Group]) -> list[Outcome]:
-    """Score this rank's groups, and return the outcomes of all ranks; where one fails, every rank raises its error."""
-    error = None
-    try:
-        score(groups, run.rewards)
-    except RunError as failed:
-        error = failed
-    outcomes = [Outcome(group.task.key, tuple(group.rewards), step) for group in groups]
-    every_rank = run.world.all_gather_object((None if error is None else str(error), outcomes))
-    for message, _ in every_rank:
-        if message is not None:
-            raise SharedError(message) from error
-    return [outcome for _, one_rank in every_rank for outcome in one_rank]
+def score_documents(run: Run, documents: list[Document]) -> list[Document]:
+    """What the policy before its first update, the reference and the critic say of each token, where that is asked."""
+    engine, reference, critic = run.engine, run.reference, run.critic
+    scored_by_policy = run.objective.needs_prox
+    if not scored_by_policy and reference is None and critic is None:
+        return documents
+
+    def scores(micro: Micro) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        if scored_by_policy:
+            found["prox_logp"], found["entropy"] = engine.token_logp(micro)
+        if reference is not None:
+            found["ref_logp"] = reference.token_logp(micro)
+        if critic is not None:
+            found["value"] = critic.values(micro)
+        return found
+
+    return with_scores(documents, run.packer, run.world, scores)
+
+
+def make_batches(run: Run, groups: list[Group], documents: list[Document]) -> list[Batch]:
+    """The optimizer steps of one batch of rollouts, every token with its advantage and its weight."""
+    algorithm, weights = run.recipe.algorithm, {reward.name: reward.weight for reward in run.rewards}
+    kl_coef, max_tokens = run.objective.kl_coef, algorithm.aggregation_tokens or 1
+    credited = credit(groups, documents, algorithm, weights, kl_coef=kl_coef, world=run.world)
+    parts = in_parts(credited, [group.id for group in groups], algorithm.minibatches)
+    return [make_batch(part, run.packer, run.world, algorithm.aggregation, max_tokens) for part in parts]
+
+
+def policy_loss(run: Run, micro: Micro, *, version: int, measured: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """The policy's share of the step's loss, and per-token figures."""
+    logp_BT, entropy_BT = run.engine.token_logp(micro)
+    return run.objective.policy_loss(micro, logp_BT, entropy_BT, version=version, measured=measured)
+
+
+def value_loss(run: Run, micro: Micro) -> tuple[Tensor, dict[str, Tensor]]:
+    """The critic's share of the step's loss, and per-token figures."""
+    assert run.critic is not None
+    return run.objective.value_loss(micro, run.critic.values(micro))
+
+
+def adapt(run: Run, step: int, logged: dict[str, float]) -> str | None:
+    """Steer by the figures of a step, and renew the reference where that is due; what to say of it."""
+    reason = run.objective.after_step(step, logged)
+    if reason is None or run.reference is None:
+        return None
+    with run.clock("reset"):
+        run.reference.follow(run.engine)
+        if run.recipe.algorithm.kl.reset.clear_optimizer:
+            run.engine.clear_optimizer()
+    return f"step {step + 1}: the reference is now a copy of the policy ({reason})"
 
 
 @contextmanager
 def saved_on_failure(run: Run, step: int) -> Iterator[None]:
     """Where all ranks fail together before the step has changed the policy, save what the steps before it gave."""
-    updates, curriculum = run.engine.updates, run.curriculum.state_dict()
+    updates, curriculum, next_group = run.engine.updates, run.curriculum.state_dict(), run.next_group
     try:
         yield
     except SharedError as error:
         if not step or run.engine.updates != updates:
             raise
         run.curriculum.load_state_dict(curriculum)
+        run.next_group = next_group
         save(run, step)
         raise RunError(f"{error}\n{step} steps are saved: correct this and go on with resume=auto") from error
-
-
-def policy_loss(run: Run, micro: Micro, logp_BT: Tensor, *, first: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each token `[B, T]`, and the figures to log of it; `first`: nothing was updated on these rollouts yet."""
-    algorithm = run.recipe.algorithm
-    assert algorithm.clip_low is not None and algorithm.clip_high is not None and algorithm.kl_estimator is not None
-    loss_BT, stats = losses.ppo_clip(
-        logp_BT, micro.behavior_logp_BT, micro.adv_BT, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high
-    )
-    logged = {
-        "policy/ratio_mean": stats["ratio"],
-        "policy/ratio_max": stats["ratio"],
-        "policy/clipped_frac": stats["clipped"],
-    }
-    if first:
-        # Rounding, if all is well: the policy has not moved since it wrote these tokens.
-        diff_BT = (logp_BT.detach() - micro.behavior_logp_BT).abs()
-        logged |= {"mismatch/logp_diff_mean": diff_BT, "mismatch/logp_diff_max": diff_BT}
-    if run.reference is not None and algorithm.kl_coef:
-        kl_BT = kl(algorithm.kl_estimator, logp_BT, run.reference.token_logp(micro))
-        loss_BT = loss_BT + algorithm.kl_coef * kl_BT
-        logged["policy/kl_ref"] = kl_BT
-    return loss_BT, logged
-
-
-def group_advantages(group: Group, recipe: Recipe) -> list[float]:
-    """Advantages [G] of one group; a rollout that no reward could judge counts as NaN and gets 0."""
-    rewards_G = torch.tensor([math.nan if reward is None else reward for reward in group.rewards], dtype=torch.float64)
-    return advantages.grpo(rewards_G, scale_by_std=bool(recipe.algorithm.scale_by_std)).tolist()
 
 
 def every(interval: int, step: int) -> bool:
@@ -160,11 +165,13 @@ def save(run: Run, step: int) -> None:
     with run.clock("checkpoint"):
         state = {
             "curriculum": run.curriculum.state_dict(),
+            "next_group": run.next_group,
+            "objective": run.objective.state_dict(),
             "clock": run.clock.state_dict(),
             "evals": run.evals,
             "model": str(run.model),
         }
-        run.checkpoints.save(step, run.engine, state)
+        run.checkpoints.save(step, run.engines, state)
 
 
 def finish(run: Run, progress: Progress) -> None:

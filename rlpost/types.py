@@ -10,6 +10,7 @@ frozen reference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -104,11 +105,21 @@ class Rollout:
     reward: float | None = None
     """Weighted sum of the parts; None until scored, or where no reward could judge."""
     reward_parts: dict[str, float | None] = field(default_factory=dict)
+    length_reward: float = 0.0
+    """What the algorithm adds to the reward for the answer's length; not part of what counts as solved."""
+    interrupted: bool = False
+    """Whether the run ended the model's thinking and asked for the answer; its own tokens have no log-prob."""
 
     @property
     def truncated(self) -> bool:
         """Whether the answer ran into the length limit."""
         return self.finish_reason == "length"
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the recipe's first reward gave at least 1: what counts as solved; None where it could not judge."""
+        first = next(iter(self.reward_parts.values()), None)
+        return None if first is None else first >= 1.0
 
 
 @dataclass(slots=True)
@@ -123,6 +134,8 @@ class Group:
     id: int
     task: Task
     rollouts: list[Rollout]
+    greedy_reward: float = math.nan
+    """Reward of the greedy answer, where the algorithm asks for one; NaN where it could not be judged."""
 
     @property
     def rewards(self) -> list[float | None]:
@@ -146,6 +159,8 @@ class Outcome:
     key: str
     rewards: tuple[float | None, ...]
     step: int
+    passed: tuple[bool | None, ...] = ()
+    """`Rollout.passed` of each."""
 
     @property
     def mean(self) -> float | None:
@@ -161,11 +176,11 @@ class Micro:
     Position t predicts the token at t + 1, so every `_BT` tensor below `position_BT` speaks of the token that follows.
 
     >>> import torch
-    >>> row = Micro(tokens_BT=torch.tensor([[5, 6, 7, 1]]), position_BT=torch.tensor([[0, 1, 2, 3]]),
-    ...             target_BT=torch.tensor([[6, 7, 1, 0]]), mask_BT=torch.tensor([[False, True, True, False]]),
-    ...             behavior_logp_BT=torch.zeros(1, 4), adv_BT=torch.zeros(1, 4))
-    >>> int(row.mask_BT.sum())                       # prompt 5 6, answer 7 1: two trained tokens
-    2
+    >>> from rlpost.batch import Document, Packer
+    >>> packer = Packer(micro_tokens=8, row_tokens=8, device=torch.device("cpu"))
+    >>> [micro] = packer.micros([Document(prompt_ids=(5, 6), token_ids=(7, 1), behavior_logp=(-0.1, -0.2))])
+    >>> micro.mask_BT.tolist()                       # prompt 5 6, answer 7 1: two trained tokens
+    [[False, True, True, False]]
     """
 
     tokens_BT: Tensor
@@ -177,6 +192,16 @@ class Micro:
     behavior_logp_BT: Tensor
     """0 wherever `mask_BT` is False, and always finite."""
     adv_BT: Tensor
+    document_BT: Tensor
+    """Which document of the micro-batch a position belongs to; -1 where it belongs to none."""
+    weight_BT: Tensor
+    """What a trained token counts in the loss of the optimizer step (`aggregation.py`); 0 elsewhere."""
+    imitation_weight_BT: Tensor
+    """The same for imitation of correct answers; 0 outside of them."""
+    version_BT: Tensor
+    """The policy version that wrote the target."""
+    scores: Mapping[str, Tensor]
+    """What earlier forward passes said of each trained token `[B, T]`: `prox_logp`, `ref_logp`, `value`, ..."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,4 +214,4 @@ class Batch:
 
     micros: tuple[Micro, ...]
     step_tokens: int
-    """Trained tokens of the whole optimizer step, over all ranks and micro-batches: the denominator of the loss."""
+    """Trained tokens of the whole optimizer step, over all ranks and micro-batches."""

@@ -1,25 +1,33 @@
-"""One optimizer step, the same for reinforcement learning and for supervised training."""
+"""One optimizer step, the same for the policy, for a critic, and for supervised training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor
 
-from rlpost.engine import Engine
-from rlpost.losses import reduce_tokens
 from rlpost.metrics import Metrics
 from rlpost.types import Batch, Micro
 
-LossOf = Callable[[Micro, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""(micro-batch, logp [B, T]) -> loss of each token [B, T], and per-token figures to log."""
+LossOf = Callable[[Micro], tuple[Tensor, dict[str, Tensor]]]
+"""Micro-batch -> its share of the loss of the optimizer step (`losses.weighted_sum`), and per-token figures to log."""
 
 
-def update(engine: Engine, batch: Batch, loss_of: LossOf, metrics: Metrics) -> None:
-    """Add up the gradients of the batch's micro-batches and take one optimizer step."""
+class Trainable(Protocol):
+    """What an optimizer step needs of an engine."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradient to that of the optimizer step in progress."""
+
+    def step(self) -> float:
+        """Take the optimizer step, and return the gradient's norm."""
+
+
+def update(engine: Trainable, batch: Batch, loss_of: LossOf, metrics: Metrics) -> float:
+    """Add up the gradients of the batch's micro-batches, take one optimizer step, and return the gradient's norm."""
     for micro in batch.micros:
-        logp_BT, entropy_BT = engine.token_logp(micro)
-        loss_BT, logged = loss_of(micro, logp_BT)
-        engine.backward(reduce_tokens(loss_BT, micro.mask_BT, batch.step_tokens, engine.world.size))
-        metrics.tokens(micro.mask_BT, **{"policy/entropy": entropy_BT, "policy/loss": loss_BT}, **logged)
-    metrics.mean("optim/grad_norm", engine.step())
+        loss, logged = loss_of(micro)
+        engine.backward(loss)
+        metrics.tokens(micro.mask_BT, **logged)
+    return engine.step()

@@ -8,7 +8,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlpost.world import World
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """
@@ -55,6 +58,22 @@ def sevens(rollout) -> float:
     """The share of sevens."""
     return rollout.text.count("7") / len(rollout.token_ids)
 '''
+LOSSES = '''
+import torch
+
+
+def cispo_two_sided(logp_BT, behavior_logp_BT, adv_BT, *, low: float = 0.2, high: float):
+    """Clipped importance weight, bounded on both sides."""
+    ratio_BT = torch.exp(logp_BT - behavior_logp_BT).detach()
+    clipped_BT = ratio_BT.clamp(1 - low, 1 + high)
+    return -clipped_BT * adv_BT * logp_BT, {"ratio": ratio_BT, "bounded": (clipped_BT != ratio_BT).float()}
+
+
+def length_mean(logp_BT, behavior_logp_BT, adv_BT, *, document_BT, mask_BT):
+    """REINFORCE that also says how many tokens are trained in a row, from what the run hands it."""
+    trained_BT = (mask_BT & (document_BT >= 0)).float()
+    return -adv_BT * logp_BT * trained_BT, {"row_tokens": trained_BT.sum(-1, keepdim=True).expand_as(logp_BT)}
+'''
 VARYING = ("unix_s", "time/", "sync/seconds")
 
 
@@ -64,6 +83,7 @@ def make_lab(folder: Path) -> Path:
     (folder / "elsewhere").mkdir()
     (folder / "tiny.yaml").write_text(RECIPE)
     (folder / "mylab" / "rewards.py").write_text(REWARDS)
+    (folder / "mylab" / "losses.py").write_text(LOSSES)
     return folder
 
 
@@ -98,6 +118,16 @@ def train(lab: Path, name: str, *overrides: str, ranks: int = 1, accident: str =
     """Train to the end, and return what the run logged of every step."""
     done = rlpost(lab, "train", f"name={name}", *overrides, ranks=ranks, accident=accident)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return logged(lab, name)
+
+
+def train_here(lab: Path, world: World, name: str, *overrides: str) -> list[dict[str, Any]]:
+    """`train` in this process, with the plain generator: a second instead of ten. What is logged of every step."""
+    from rlpost.check import load_and_check
+    from rlpost.train import train as run
+
+    own = [f"run_dir={lab / 'runs'}", f"name={name}", "generator.kind=hf", "tasks.eval=null", "save_every=0"]
+    run(load_and_check(lab / "tiny.yaml", [*own, *overrides]), world)
     return logged(lab, name)
 
 

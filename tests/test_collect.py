@@ -1,5 +1,8 @@
+import math
+
 import pytest
 
+from rlpost.algorithm_recipe import Interruption
 from rlpost.collect import collect, request_seed, shard
 from rlpost.types import Rollout, Sampling, Task
 
@@ -63,3 +66,59 @@ def test_request_seed_belongs_to_run_and_group():
     seeds = {request_seed(seed, group) for seed in range(50) for group in range(50)}
     assert len(seeds) == 2500 and all(0 <= seed < 2**31 for seed in seeds)
     assert request_seed(1, 2) == request_seed(1, 2)
+
+
+class Thinker:
+    """Thinks up to the limit, ends at 9 when it is asked for an answer, and keeps what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def generate(self, requests, sampling):
+        self.asked.append((list(requests), sampling))
+        first = len(self.asked) == 1
+        return [self.answer(one, i, first) for one in requests for i in range(one.n)]
+
+    def answer(self, one, i, first):
+        cut = first and i == 1
+        ids, reason = ((4, 5), "length") if cut else ((6, 9), "stop")
+        return Rollout(one.task, one.group, one.prompt_ids, one.prompt_ids, ids, (-1.0, -2.0), reason, 0, text=f"{ids}")
+
+
+class Words(Renderer):
+    def text_ids(self, text):
+        return tuple(map(ord, text))
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+def test_an_interrupted_answer_goes_on_after_text_that_is_not_trained():
+    thinker = Thinker()
+    asked = Interruption(text="!", answer_tokens=3)
+    groups = collect(
+        thinker,
+        Words(),
+        shard(TASKS[:2], 0, 1),
+        Sampling(max_new_tokens=2, stop_ids=(9,)),
+        group_size=2,
+        first_group=5,
+        seed=3,
+        interruption=asked,
+    )
+    second, sampling = thinker.asked[1]
+    assert [(one.prompt_ids, one.n) for one in second] == [((0, 4, 5, 33), 1), ((1, 4, 5, 33), 1)]
+    assert sampling == Sampling(max_new_tokens=3, stop_ids=(9,)) and len({one.seed for one in second}) == 2
+    for place, group in enumerate(groups):
+        whole, cut = group.rollouts
+        assert (whole.token_ids, whole.interrupted) == ((6, 9), False)
+        assert cut.token_ids == (4, 5, 33, 6, 9) and cut.prompt_ids == (place,) and cut.group == group.id == 5 + place
+        assert cut.behavior_logp[:2] == cut.behavior_logp[3:] == (-1.0, -2.0) and math.isnan(cut.behavior_logp[2])
+        assert (cut.finish_reason, cut.interrupted, cut.text) == ("stop", True, "4 5 33 6 9")
+
+
+def test_nothing_is_interrupted_unless_the_recipe_has_a_text():
+    thinker = Thinker()
+    settings = {"group_size": 2, "first_group": 0, "seed": 0, "interruption": Interruption()}
+    [group] = collect(thinker, Words(), shard(TASKS[:1], 0, 1), Sampling(2), **settings)
+    assert len(thinker.asked) == 1 and [one.truncated for one in group.rollouts] == [False, True]

@@ -1,19 +1,20 @@
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_ranks
+from splits import Parts
 from tiny import CPU, logp_and_entropy, ragged, tiny_policy
 
 from rlpost.batch import Packer, make_batch
 from rlpost.collect import shard
 from rlpost.engine import Engine, Frozen, checkpoint_weights, deepspeed_config, lr_factor
 from rlpost.errors import RunError
-from rlpost.losses import ppo_clip
+from rlpost.losses import ppo_clip, weighted_sum
 from rlpost.metrics import Metrics
 from rlpost.recipe import EngineRecipe
-from rlpost.types import Batch
 from rlpost.update import update
 from rlpost.weights import WeightStream
 
@@ -23,7 +24,8 @@ TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
 
 WINDOWS = [ragged(12, seed=0), ragged(5, seed=1)]
 """Two optimizer steps."""
-SPLITS = {"1x12": [12], "3x4": [4, 4, 4], "12x1": [1] * 12}
+SPLITS = {"1x12": Parts(1, 1, CPU, 12), "3x4": Parts(1, 1, CPU, 4), "12x1": Parts(1, 1, CPU, 1)}
+PACKED = Packer(30, 20, CPU)
 
 
 def recipe(stage=2, **changes):
@@ -36,34 +38,20 @@ def make_engine(world, asked, *, dtype="float32", temperature=1.0, seed=0, chunk
     return Engine(policy, asked, dtype=dtype, temperature=temperature, total_updates=4, world=world)
 
 
-def policy_loss(micro, logp_BT):
+def policy_loss(engine, micro):
+    logp_BT, _ = engine.token_logp(micro)
     loss_BT, _ = ppo_clip(logp_BT, micro.behavior_logp_BT, micro.adv_BT, clip_low=0.2, clip_high=0.28)
-    return loss_BT, {}
+    return weighted_sum(loss_BT, micro.weight_BT, engine.world.size), {}
 
 
-def take(engine, batch):
-    """One optimizer step, and the gradient's norm."""
-    metrics = Metrics(engine.world)
-    update(engine, batch, policy_loss, metrics)
-    return metrics.reduce()["optim/grad_norm"]
+def take(engine, documents, packer=PACKED):
+    """One optimizer step on this rank's documents, and the gradient's norm."""
+    batch = make_batch(documents, packer, engine.world)
+    return update(engine, batch, partial(policy_loss, engine), Metrics(engine.world))
 
 
 def weights(engine):
     return {name: tensor.clone() for name, tensor in WeightStream(engine.deepspeed.module, bucket_bytes=1 << 20)}
-
-
-def packed(world, documents):
-    return make_batch(documents, Packer(30, 20, CPU), world)
-
-
-def in_parts(documents, sizes):
-    """Micro-batches of so many documents, one a row."""
-    micros, start = [], 0
-    for size in sizes:
-        part = documents[start : start + size]
-        micros.append(Packer(1, 1, CPU).micro([[one] for one in part], max(one.length for one in part)))
-        start += size
-    return Batch(tuple(micros), sum(one.num_trained for one in documents))
 
 
 def reference(windows, asked, temperature=1.0):
@@ -99,8 +87,7 @@ def furthest(got, expected):
 def test_t1_t2_every_split_and_stage_takes_the_same_step(single_rank, split, stage):
     asked = recipe(stage)
     engine = make_engine(single_rank, asked)
-    batch = packed(single_rank, WINDOWS[0]) if split == "packed" else in_parts(WINDOWS[0], SPLITS[split])
-    norm = take(engine, batch)
+    norm = take(engine, WINDOWS[0], SPLITS.get(split, PACKED))
     expected, [expected_norm] = reference(WINDOWS[:1], asked)
     torch.testing.assert_close(weights(engine), expected, **TOLERANCE)
     assert norm == pytest.approx(expected_norm, rel=1e-5)
@@ -111,7 +98,7 @@ def test_t1_t2_every_split_and_stage_takes_the_same_step(single_rank, split, sta
 def test_t3_t4_each_step_has_its_own_window_and_nothing_of_the_last(single_rank, stage):
     asked = recipe(stage)
     engine = make_engine(single_rank, asked)
-    norms = [take(engine, in_parts(WINDOWS[0], [5, 4, 3])), take(engine, in_parts(WINDOWS[1], [4, 1]))]
+    norms = [take(engine, WINDOWS[0], Parts(1, 1, CPU, 5)), take(engine, WINDOWS[1], Parts(1, 1, CPU, 4))]
     expected, expected_norms = reference(WINDOWS, asked)
     torch.testing.assert_close(weights(engine), expected, **TOLERANCE)
     assert norms == pytest.approx(expected_norms, rel=1e-5)
@@ -122,7 +109,7 @@ def test_t3_t4_each_step_has_its_own_window_and_nothing_of_the_last(single_rank,
 def test_clipping_scales_the_gradient_and_reports_its_norm_before(single_rank, stage):
     asked = recipe(stage, grad_clip=0.05, weight_decay=0.1)
     engine = make_engine(single_rank, asked)
-    norm = take(engine, packed(single_rank, WINDOWS[0]))
+    norm = take(engine, WINDOWS[0])
     expected, [expected_norm] = reference(WINDOWS[:1], asked)
     assert norm == pytest.approx(expected_norm, rel=1e-5) and norm > 0.5
     torch.testing.assert_close(weights(engine), expected, **TOLERANCE)
@@ -130,7 +117,7 @@ def test_clipping_scales_the_gradient_and_reports_its_norm_before(single_rank, s
 
 def test_t16_the_engine_trains_at_the_sampling_temperature(single_rank):
     engine = make_engine(single_rank, recipe(), temperature=0.6)
-    take(engine, packed(single_rank, WINDOWS[0]))
+    take(engine, WINDOWS[0])
     expected, _ = reference(WINDOWS[:1], recipe(), temperature=0.6)
     torch.testing.assert_close(weights(engine), expected, **TOLERANCE)
 
@@ -138,7 +125,7 @@ def test_t16_the_engine_trains_at_the_sampling_temperature(single_rank):
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_bfloat16_takes_nearly_the_same_step(single_rank, stage):
     engine = make_engine(single_rank, recipe(stage), dtype="bfloat16")
-    norm = take(engine, packed(single_rank, WINDOWS[0]))
+    norm = take(engine, WINDOWS[0])
     expected, [expected_norm] = reference(WINDOWS[:1], recipe())
     assert norm == pytest.approx(expected_norm, rel=0.05)
     assert furthest(weights(engine), expected) < 0.02
@@ -149,7 +136,7 @@ def test_bfloat16_training_keeps_updates_smaller_than_its_rounding(single_rank):
     asked = recipe(lr=1e-6, eps=1e-8)
     engine = make_engine(single_rank, asked, dtype="bfloat16")
     for _ in range(3):
-        take(engine, packed(single_rank, WINDOWS[0]))
+        take(engine, WINDOWS[0])
     from deepspeed.utils import safe_get_full_fp32_param
 
     param = engine.deepspeed.module.model.lm_head.weight
@@ -161,24 +148,24 @@ def test_bfloat16_training_keeps_updates_smaller_than_its_rounding(single_rank):
 def test_a_gradient_that_is_not_finite_stops_the_run(single_rank, stage):
     engine = make_engine(single_rank, recipe(stage))
 
-    def broken(micro, logp_BT):
-        return logp_BT * math.inf, {}
+    def broken(micro):
+        return engine.token_logp(micro)[0].sum() * math.inf, {}
 
     with pytest.raises(RunError, match=r"gradient must be finite .*lower engine.lr"):
-        update(engine, packed(single_rank, WINDOWS[0]), broken, Metrics(single_rank))
+        update(engine, make_batch(WINDOWS[0], PACKED, single_rank), broken, Metrics(single_rank))
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (2, "float32"), (3, "bfloat16")])
 def test_engine_resumes_exactly(single_rank, tmp_path, stage, dtype):
     asked = recipe(stage, schedule="linear", warmup_steps=2, lr=1e-2, eps=1e-8, grad_clip=1.0)
     first = make_engine(single_rank, asked, dtype=dtype)
-    take(first, packed(single_rank, WINDOWS[0]))
+    take(first, WINDOWS[0])
     first.save(tmp_path)
-    norm = take(first, packed(single_rank, WINDOWS[1]))
+    norm = take(first, WINDOWS[1])
     second = make_engine(single_rank, asked, dtype=dtype, seed=5)
     second.load(tmp_path)
     assert second.updates == 1
-    assert take(second, packed(single_rank, WINDOWS[1])) == norm
+    assert take(second, WINDOWS[1]) == norm
     assert (second.lr, second.updates) == (first.lr, first.updates) == (1e-2, 2)
     after = weights(first)
     assert all(torch.equal(tensor, after[name]) for name, tensor in weights(second).items())
@@ -187,7 +174,7 @@ def test_engine_resumes_exactly(single_rank, tmp_path, stage, dtype):
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "float32")])
 def test_checkpoint_weights_are_the_policys(single_rank, tmp_path, stage, dtype):
     engine = make_engine(single_rank, recipe(stage), dtype=dtype)
-    take(engine, packed(single_rank, WINDOWS[0]))
+    take(engine, WINDOWS[0])
     engine.save(tmp_path)
     found = checkpoint_weights(tmp_path)
     for name, tensor in weights(engine).items():
@@ -195,15 +182,45 @@ def test_checkpoint_weights_are_the_policys(single_rank, tmp_path, stage, dtype)
 
 
 def test_loading_from_an_empty_folder_says_what_to_do(single_rank, tmp_path):
-    with pytest.raises(RunError, match=r"must hold an engine checkpoint.*resume=never"):
+    with pytest.raises(RunError, match=r"must hold an engine checkpoint \(it has no folder engine\).*resume=never"):
         make_engine(single_rank, recipe()).load(tmp_path)
+
+
+def cleared(world, stage, dtype):
+    """Distances after the same step of an engine with a cleared, with a fresh and with a full optimizer."""
+    asked = recipe(stage, schedule="linear", warmup_steps=3, lr=1e-2, eps=1e-8, weight_decay=0.1, grad_clip=1.0)
+    first, second = ([one for _, one in shard(window, world.rank, world.size)] for window in WINDOWS)
+    after = {}
+    for name in ("cleared", "fresh", "full"):
+        engine = make_engine(world, asked, dtype=dtype)
+        group = engine.deepspeed.optimizer.param_groups[0]
+        if name == "fresh":
+            group["lr"] = 1e-2 * 2 / 3
+        else:
+            group["lr"] = 0.0  # moments, and weights as they were
+            take(engine, first)
+        if name == "cleared":
+            engine.clear_optimizer()
+        take(engine, second)
+        after[name] = weights(engine)
+        assert engine.lr == pytest.approx(1e-2 * 2 / 3), name
+    return [furthest(after["cleared"], after[name]) for name in ("fresh", "full")]
+
+
+STATES = [*((stage, "float32") for stage in STAGES), *((stage, "bfloat16") for stage in (1, 2, 3))]
+
+
+@pytest.mark.parametrize(("stage", "dtype"), STATES)
+def test_a_cleared_optimizer_steps_like_a_fresh_one_at_the_same_place_of_the_schedule(single_rank, stage, dtype):
+    to_fresh, to_full = cleared(single_rank, stage, dtype)
+    assert to_fresh == 0.0 and to_full > 1e-3
 
 
 def test_engine_follows_the_learning_rate_schedule(single_rank):
     engine = make_engine(single_rank, recipe(schedule="linear", warmup_steps=2, lr=0.01))
     seen = []
     for _ in range(4):
-        take(engine, packed(single_rank, WINDOWS[1]))
+        take(engine, WINDOWS[1])
         seen.append(engine.lr)
     assert seen == pytest.approx([0.005, 0.01, 0.01, 0.005])
 
@@ -229,13 +246,74 @@ def test_deepspeed_section_is_merged_over_the_configuration():
 def test_t33_t35_the_reference_gives_the_start_policys_log_probs_while_training_moves_on(single_rank, stage):
     frozen = Frozen(tiny_policy(), recipe(stage), dtype="float32", temperature=0.6, world=single_rank)
     engine = make_engine(single_rank, recipe(stage), temperature=0.6)
-    batch = packed(single_rank, WINDOWS[0])
-    before, _ = engine.token_logp(batch.micros[0])
-    take(engine, batch)
-    after, _ = engine.token_logp(batch.micros[0])
-    logp_BT = frozen.token_logp(batch.micros[0])
+    micro = PACKED.micros(WINDOWS[0])[0]
+    before, _ = engine.token_logp(micro)
+    take(engine, WINDOWS[0])
+    after, _ = engine.token_logp(micro)
+    logp_BT = frozen.token_logp(micro)
     assert torch.equal(logp_BT, before.detach()) and not logp_BT.requires_grad
     assert float((after - before).abs().max()) > 0.01
+
+
+def largest_gap(a, b):
+    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+
+
+def followed(world, folder, stage, dtype="float32"):
+    """What a reference does that becomes a copy of the policy in training, is saved, and loaded by another."""
+    folder = Path(folder) / f"{stage}-{dtype}"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"dtype": dtype, "temperature": 0.6, "world": world}
+    # Under ZeRO-3 vectors then stay on every rank once they were used, and matrices do not.
+    partly = recipe(stage, deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 1000}})
+
+    def make_frozen(seed):
+        return Frozen(tiny_policy(seed=seed, dtype=getattr(torch, dtype)), partly, **settings)
+
+    mine = [one for _, one in shard(WINDOWS[0], world.rank, world.size)]
+    micros = make_batch(mine, PACKED, world).micros
+
+    def asked(frozen):
+        return [frozen.token_logp(micro) for micro in micros]
+
+    frozen, engine = make_frozen(3), make_engine(world, recipe(stage), dtype=dtype, temperature=0.6)
+    start = asked(frozen)
+    frozen.save(folder)
+    silent = not list(folder.iterdir())
+    take(engine, mine)
+    frozen.follow(engine)
+    with torch.no_grad():
+        now = [engine.token_logp(micro)[0] for micro in micros]
+    copy = asked(frozen)
+    take(engine, mine)
+    kept = asked(frozen)
+    frozen.save(folder)
+    again = make_frozen(4)
+    asked(again)
+    again.load(folder)
+    untouched = make_frozen(3)
+    untouched.load(folder / "empty")
+    return {
+        "moved": largest_gap(copy, start),
+        "from_engine": largest_gap(copy, now),
+        "from_itself": largest_gap(copy, kept),
+        "after_load": largest_gap(copy, asked(again)),
+        "without_file": largest_gap(start, asked(untouched)),
+        "flags": [silent, frozen.followed, again.followed, not untouched.followed],
+    }
+
+
+def assert_followed(result):
+    assert result["moved"] > 0.01
+    assert result["from_engine"] == result["from_itself"] == result["after_load"] == result["without_file"] == 0.0
+    assert all(result["flags"])
+
+
+@pytest.mark.parametrize(("stage", "dtype"), STATES)
+def test_t35_a_reference_that_follows_has_the_policys_log_probs_now_later_and_after_loading(
+    single_rank, tmp_path, stage, dtype
+):
+    assert_followed(followed(single_rank, tmp_path, stage, dtype))
 
 
 def steps_on_two_ranks(world, cases):
@@ -246,8 +324,8 @@ def steps_on_two_ranks(world, cases):
         engine = make_engine(world, recipe(stage, grad_clip=1.0), dtype=dtype)
         own, norms, micros = slice(share) if world.is_main else slice(share, None), [], []
         for documents in WINDOWS:
-            batch = packed(world, documents[own])
-            norms.append(take(engine, batch))
+            batch = make_batch(documents[own], PACKED, world)
+            norms.append(update(engine, batch, partial(policy_loss, engine), Metrics(world)))
             micros.append((len(batch.micros), sum(bool(micro.mask_BT.any()) for micro in batch.micros)))
         distance = furthest(weights(engine), expected)
         results.append({"distance": distance, "norms": norms, "expected": expected_norms, "micros": micros})
@@ -261,12 +339,11 @@ def reference_on_two_ranks(world):
     mine = [one for _, one in shard(WINDOWS[0], world.rank, world.size)]
     distance = 0.0
     for _ in range(2):
-        batch = packed(world, mine)
-        for micro in batch.micros:
+        for micro in make_batch(mine, PACKED, world).micros:
             logp_BT = frozen.token_logp(micro)
             own, _ = logp_and_entropy(tiny_policy(), micro)
             distance = max(distance, float((logp_BT - own).abs().max()))
-        take(engine, batch)
+        take(engine, mine)
     return distance
 
 
@@ -275,13 +352,18 @@ CASES = [(stage, "float32", share) for stage in STAGES for share in (9, 12)] + [
 ]
 
 
-def on_two_ranks(world):
-    return {"steps": steps_on_two_ranks(world, CASES), "reference": reference_on_two_ranks(world)}
+def on_two_ranks(world, folder):
+    return {
+        "steps": steps_on_two_ranks(world, CASES),
+        "reference": reference_on_two_ranks(world),
+        "followed": [followed(world, folder, *state) for state in STATES],
+        "cleared": [cleared(world, *state) for state in STATES],
+    }
 
 
 @pytest.fixture(scope="module")
-def two_ranks():
-    return run_ranks(on_two_ranks)
+def two_ranks(tmp_path_factory):
+    return run_ranks(on_two_ranks, folder=str(tmp_path_factory.mktemp("references")))
 
 
 @pytest.mark.slow
@@ -296,6 +378,21 @@ def test_t5_two_ranks_with_unequal_shares_take_the_same_step(two_ranks, case):
     assert [count for count, _ in first["micros"]] == [count for count, _ in second["micros"]]
     assert first["micros"][0][1] > second["micros"][0][1]
     assert share == 9 or [trained for _, trained in second["micros"]] == [0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", STATES, ids=str)
+def test_t35_a_reference_on_two_ranks_follows_is_saved_and_loaded(two_ranks, state):
+    for rank in two_ranks:
+        assert_followed(rank["followed"][STATES.index(state)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", STATES, ids=str)
+def test_a_cleared_optimizer_on_two_ranks_steps_like_a_fresh_one(two_ranks, state):
+    for rank in two_ranks:
+        to_fresh, to_full = rank["cleared"][STATES.index(state)]
+        assert to_fresh == 0.0 and to_full > 1e-3
 
 
 @pytest.mark.slow

@@ -9,12 +9,12 @@ import torch
 from ranks import run_ranks
 from tiny import CPU, VOCAB, tiny_policy, tiny_tokenizer, write_folder
 
-from rlpost.batch import Packer, document, make_batches
+from rlpost.batch import Packer, document, make_batch
 from rlpost.engine import Engine
 from rlpost.errors import RunError
 from rlpost.generate.base import Canary, SyncReport, canary_tokens
 from rlpost.generate.hf import HfGenerator, processed_logp
-from rlpost.losses import ppo_clip
+from rlpost.losses import ppo_clip, weighted_sum
 from rlpost.metrics import Metrics
 from rlpost.policy import load_policy
 from rlpost.recipe import EngineRecipe, GeneratorRecipe, Model, Prompting, Recipe
@@ -43,7 +43,7 @@ def trainer_logps(engine, rollouts):
     """The trainer's log-probs of each rollout's tokens."""
     results = []
     for rollout in rollouts:
-        one = document(replace(rollout, reward=1.0), 1.0)
+        one = document(replace(rollout, reward=1.0))
         micro = Packer(1, 1, CPU).micro([[one]], one.length)
         results.append(engine.token_logp(micro)[0][micro.mask_BT].tolist())
     return results
@@ -55,15 +55,17 @@ def furthest(engine, rollouts):
 
 
 def learn(engine, rollouts):
-    """One update on some rollouts, with rewards that differ."""
-    for i, rollout in enumerate(rollouts):
-        rollout.reward = float(i % 2)
-    advantages = [[2 * rollout.reward - 1 for rollout in rollouts]]
-    groups = [SimpleNamespace(rollouts=rollouts)]
-    [batch] = make_batches(groups, advantages, Packer(64, 64, CPU), engine.world, minibatches=1)
+    """One update on some rollouts, with advantages that differ."""
+    documents = [
+        replace(document(replace(rollout, reward=1.0)), advantage=2.0 * (i % 2) - 1)
+        for i, rollout in enumerate(rollouts)
+    ]
+    batch = make_batch(documents, Packer(64, 64, CPU), engine.world)
 
-    def loss_of(micro, logp_BT):
-        return ppo_clip(logp_BT, micro.behavior_logp_BT, micro.adv_BT, clip_low=0.2, clip_high=0.28)[0], {}
+    def loss_of(micro):
+        logp_BT, _ = engine.token_logp(micro)
+        loss_BT, _ = ppo_clip(logp_BT, micro.behavior_logp_BT, micro.adv_BT, clip_low=0.2, clip_high=0.28)
+        return weighted_sum(loss_BT, micro.weight_BT, engine.world.size), {}
 
     update(engine, batch, loss_of, Metrics(engine.world))
 
@@ -125,6 +127,15 @@ def test_t16_hf_behaviour_log_probs_are_the_trainers_after_two_updates(hf):
         assert {rollout.version for rollout in rollouts} == {version}
         assert generator.report.canary_max < 1e-5 and generator.report.num_bytes > 0
         learn(engine, rollouts)
+
+
+def test_temperature_zero_is_the_greedy_choice(hf):
+    engine, generator = hf
+    with generator.awake(engine, 0):
+        greedy = generator.generate(REQUESTS, replace(SAMPLING, temperature=0.0))
+        nearly = generator.generate(REQUESTS, replace(SAMPLING, temperature=1e-4))
+    assert [rollout.token_ids for rollout in greedy] == [rollout.token_ids for rollout in nearly]
+    assert len({rollout.token_ids for rollout in greedy[:5]}) == 1
 
 
 def test_hf_gives_n_rollouts_a_request_in_order(hf):

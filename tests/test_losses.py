@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rlpost.losses import nll, ppo_clip, reduce_tokens
+from rlpost.losses import nll, ppo_clip, weighted_sum
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 TRASH = (float("inf"), float("-inf"), float("nan"), -1e10)
@@ -12,6 +12,11 @@ def random_case(shape=(3, 7), seed=0):
     logp, behavior, adv = (torch.randn(shape, generator=dice, dtype=torch.float64) for _ in range(3))
     mask = torch.rand(shape, generator=dice) < 0.6
     return -logp.abs(), -behavior.abs(), adv, mask
+
+
+def mean_of(mask, count=None):
+    """The weights of a mean over the trained tokens of an optimizer step that has `count` of them."""
+    return mask.double() / (int(mask.sum()) if count is None else count)
 
 
 def test_ppo_clip_matches_hand_table():
@@ -72,7 +77,7 @@ def test_t20_masked_positions_have_no_gradient_and_change_nothing(trash):
     for fill in (0.0, trash):
         mine = logp.masked_fill(~mask, fill).requires_grad_()
         loss, _ = ppo_clip(mine, behavior.masked_fill(~mask, fill / 2), adv.masked_fill(~mask, fill), **CLIP)
-        total = reduce_tokens(loss, mask, int(mask.sum()), 1)
+        total = weighted_sum(loss, mean_of(mask), 1)
         total.backward()
         values.append(total.item())
         grads.append(mine.grad)
@@ -85,19 +90,19 @@ def test_t20_masked_positions_have_no_gradient_and_change_nothing(trash):
 def test_t20_reducer_reads_nothing_under_the_mask(trash):
     _, _, x, mask = random_case()
     dirty = x.masked_fill(~mask, trash).requires_grad_()
-    total = reduce_tokens(dirty, mask, int(mask.sum()), 1)
+    total = weighted_sum(dirty, mean_of(mask), 1)
     total.backward()
     torch.testing.assert_close(total, x[mask].mean())
-    torch.testing.assert_close(dirty.grad, mask.double() / mask.sum())
+    torch.testing.assert_close(dirty.grad, mean_of(mask), rtol=0, atol=0)
 
 
 def test_losses_never_write_into_their_arguments():
-    case = random_case()
+    case = *random_case(), mean_of(random_case()[3])
     before = [tensor.clone() for tensor in case]
-    logp, behavior, adv, mask = case
+    logp, behavior, adv, _, weight = case
     loss, _ = ppo_clip(logp, behavior, adv, **CLIP)
     nll(logp)
-    reduce_tokens(loss, mask, 5, 2)
+    weighted_sum(loss, weight, 2)
     assert all(torch.equal(a, b) for a, b in zip(case, before, strict=True))
 
 
@@ -112,27 +117,27 @@ def test_nll_is_minus_logp():
 
 
 @pytest.mark.parametrize("rows", [[12], [4, 4, 4], [1] * 12, [7, 5], [11, 1]])
-def test_t1_reduce_tokens_is_the_same_for_every_split_into_micro_batches(rows):
+def test_t1_weighted_sum_is_the_same_for_every_split_into_micro_batches(rows):
     _, _, x, mask = random_case((12, 9), seed=1)
     count = int(mask.sum())
     parts = zip(x.split(rows), mask.split(rows), strict=True)
-    total = sum(reduce_tokens(part, kept, count, 1) for part, kept in parts)
+    total = sum(weighted_sum(part, mean_of(kept, count), 1) for part, kept in parts)
     torch.testing.assert_close(total, x[mask].mean(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shares", [[6, 6], [1, 11], [3, 3, 3, 3], [0, 12]])
-def test_t5_mean_over_ranks_of_reduce_tokens_is_the_global_token_mean(shares):
+def test_t5_mean_over_ranks_of_weighted_sum_is_the_global_token_mean(shares):
     _, _, x, mask = random_case((12, 9), seed=2)
     count, size = int(mask.sum()), len(shares)
     ranks = zip(x.split(shares), mask.split(shares), strict=True)
-    total = sum(reduce_tokens(part, kept, count, size) for part, kept in ranks) / size
+    total = sum(weighted_sum(part, mean_of(kept, count), size) for part, kept in ranks) / size
     torch.testing.assert_close(total, x[mask].mean(), rtol=1e-12, atol=1e-12)
 
 
 def test_t6_a_fully_masked_row_is_left_out_and_a_masked_batch_gives_zero():
     x = torch.tensor([[1.0, 3.0], [50.0, 60.0]], requires_grad=True)
     mask = torch.tensor([[True, True], [False, False]])
-    assert reduce_tokens(x, mask, 2, 1).item() == 2.0
-    nothing = reduce_tokens(x, torch.zeros_like(mask), 0, 4)
+    assert weighted_sum(x, mean_of(mask), 1).item() == 2.0
+    nothing = weighted_sum(x, torch.zeros(2, 2), 4)
     nothing.backward()
     assert nothing.item() == 0.0 and not x.grad.any()

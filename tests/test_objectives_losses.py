@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlpost import losses
+from rlpost.aggregation import count, token_weights
 from rlpost.masked import blank
 
 close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
@@ -299,7 +300,28 @@ def test_no_loss_writes_into_its_arguments(name):
     assert all(torch.equal(x, y) for x, y in zip(arguments, copies, strict=True))
 
 
-def test_reduce_tokens_and_token_mean_weights_agree():
+def test_weighted_sum_with_weights_of_one_over_the_count_is_the_mean_over_ranks():
+    # Two ranks with 8 of the step's 16 trained tokens each: the engine averages their gradients, so each counts double.
     logp, _, _, mask, _ = batch()
-    by_count = losses.reduce_tokens(logp, mask, step_tokens=20, dp_size=2)
-    close(losses.weighted_sum(logp, mask / 20, dp_size=2), by_count)
+    assert int(mask.sum()) == 8
+    one_rank = losses.weighted_sum(logp, mask / 16, dp_size=2)
+    close(one_rank, logp[mask].sum() * 2 / 16)
+    close((one_rank + one_rank) / 2, logp[mask].mean())
+
+
+@pytest.mark.parametrize("mode", ["token_mean", "seq_mean", "seq_sum_const", "prompt_mean"])
+@pytest.mark.parametrize("name", ALL)
+def test_t1_a_weighted_loss_is_the_same_for_every_split_into_sequences(name, mode):
+    if name in MASKED:
+        pytest.skip("chooses its tokens within the micro-batch, as its docstring says")
+    logp, behavior, adv, mask, document = batch()
+    lengths, groups = [3, 2, 3], [0, 0, 1]
+    per_document = token_weights(mode, lengths, groups, count(lengths, groups), max_tokens=4)
+    weight = torch.where(mask, torch.tensor(per_document, dtype=torch.float64)[document], 0.0)
+    whole, grad, _ = gradient(name, weight, logp, behavior, adv, mask, document)
+    parts = [
+        gradient(name, torch.where(own, weight, 0.0), logp, behavior, adv, mask & own, torch.where(own, document, -1))
+        for own in (document == i for i in range(3))
+    ]
+    close(sum(total for total, _, _ in parts), whole)
+    close(sum(part for _, part, _ in parts), grad)

@@ -3,10 +3,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from exact import exact_llama
 from tiny import CPU, gradients, logp_and_entropy, ragged, tiny_llama, tiny_policy
 
 from rlpost.batch import Packer
-from rlpost.losses import ppo_clip, reduce_tokens
+from rlpost.losses import ppo_clip, weighted_sum
 from rlpost.policy import Policy, load_policy, uses_flash_attention
 from rlpost.recipe import Model
 
@@ -15,7 +16,9 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def one_micro():
-    [micro] = PACKER.micros(ragged())
+    documents = ragged()
+    total = sum(one.num_trained for one in documents)
+    [micro] = PACKER.micros([replace(one, weight=1 / total) for one in documents])
     return micro
 
 
@@ -74,6 +77,51 @@ def test_t36_chunks_change_neither_log_probs_nor_gradients(chunk, tie):
         torch.testing.assert_close(chunked_grads[name], grad, rtol=1e-4, atol=1e-5 * grad.abs().max().item())
 
 
+def exact_policy(*, chunk, entropy_grad=True):
+    return Policy(exact_llama(), logp_chunk=chunk, entropy_grad=entropy_grad)
+
+
+def test_entropy_has_a_gradient_only_when_asked_for():
+    for asked in (False, True):
+        logp_BT, entropy_BT = logp_and_entropy(exact_policy(chunk=7, entropy_grad=asked), one_micro(), 0.6)
+        assert entropy_BT.requires_grad == asked and logp_BT.requires_grad
+    with torch.no_grad():
+        assert not logp_and_entropy(exact_policy(chunk=7), one_micro())[1].requires_grad
+
+
+@pytest.mark.parametrize("chunk", [7, 10_000])
+def test_entropy_gradient_matches_finite_differences(chunk):
+    policy, micro = exact_policy(chunk=chunk), one_micro()
+
+    def mean_entropy():
+        return weighted_sum(logp_and_entropy(policy, micro, 0.6)[1], micro.weight_BT, 1)
+
+    mean_entropy().backward()
+    generator = torch.Generator().manual_seed(0)
+    for name, param in policy.named_parameters():
+        direction = torch.randn(param.shape, generator=generator, dtype=param.dtype)
+        values = []
+        with torch.no_grad():
+            for step in (1e-5, -2e-5):
+                param.add_(direction, alpha=step)
+                values.append(mean_entropy().item())
+            param.add_(direction, alpha=1e-5)
+        slope = (values[0] - values[1]) / 2e-5
+        assert float((param.grad * direction).sum()) == pytest.approx(slope, rel=1e-6, abs=1e-9), name
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_t36_chunks_do_not_change_the_gradient_of_the_entropy(chunk):
+    grads = []
+    for size in (10_000, chunk):
+        policy, micro = exact_policy(chunk=size), one_micro()
+        logp_BT, entropy_BT = logp_and_entropy(policy, micro, 0.6)
+        weighted_sum(logp_BT * micro.adv_BT + entropy_BT, micro.weight_BT, 1).backward()
+        grads.append(gradients(policy))
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-9, atol=1e-12)
+
+
 def test_chunks_are_never_larger_than_asked_for(monkeypatch):
     policy, micro = tiny_policy(chunk=7), one_micro()
     sizes, linear = [], torch.nn.functional.linear
@@ -100,8 +148,8 @@ def test_t6_an_empty_micro_batch_gives_a_finite_zero_gradient_on_every_weight(ti
     policy = tiny_policy(tie=tie)
     micro = PACKER.empty()
     logp_BT, entropy_BT = logp_and_entropy(policy, micro)
-    assert logp_BT.shape == entropy_BT.shape == (1, 2)
-    reduce_tokens(logp_BT, micro.mask_BT, 10, 2).backward()
+    assert logp_BT.tolist() == entropy_BT.tolist() == [[0.0, 0.0]]
+    weighted_sum(logp_BT, micro.weight_BT, 2).backward()
     assert all(not grad.any() for grad in gradients(policy).values())
 
 
@@ -117,7 +165,7 @@ def test_t20_trash_under_the_mask_reaches_neither_loss_nor_gradient(trash):
         policy = tiny_policy()
         logp_BT, _ = logp_and_entropy(policy, micro)
         loss_BT, _ = ppo_clip(logp_BT, micro.behavior_logp_BT, micro.adv_BT, clip_low=0.2, clip_high=0.28)
-        loss = reduce_tokens(loss_BT, micro.mask_BT, int(micro.mask_BT.sum()), 1)
+        loss = weighted_sum(loss_BT, micro.weight_BT, 1)
         loss.backward()
         results.append((loss.item(), gradients(policy)))
     (value, grads), (dirty_value, dirty_grads) = results
@@ -157,6 +205,8 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
 def test_load_policy_reads_a_folder_in_the_asked_type(tmp_path, dtype):
     tiny_llama(tie=False).save_pretrained(tmp_path)
     policy = load_policy(tmp_path, Model(dtype=dtype, logp_chunk=5, attention="eager"))
+    assert not policy.head.entropy_grad
+    assert load_policy(tmp_path, Model(dtype=dtype), entropy_grad=True).head.entropy_grad
     assert {param.dtype for param in policy.parameters()} == {getattr(torch, dtype)}
     assert policy.training and policy.head.chunk == 5 and policy.model.config._attn_implementation == "eager"
     expected = tiny_policy(tie=False, dtype=getattr(torch, dtype), attention="eager")

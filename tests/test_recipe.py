@@ -8,7 +8,7 @@ import pytest
 
 from rlpost.check import _BOUNDS, check, load_and_check, validate
 from rlpost.errors import RecipeError
-from rlpost.recipe import Recipe, load, to_yaml
+from rlpost.recipe import CRITIC_LR_RATIO, Recipe, load, to_yaml
 
 SUMS = "rlpost.testbed:chain_sums"
 CONFIG = "{split: train, size: 20, min_terms: 3, max_terms: 4}"
@@ -46,15 +46,19 @@ def test_load_gives_dataclasses_with_no_hidden_choice_left(write):
         recipe = load(write())
     assert isinstance(recipe, Recipe)
     assert (recipe.name, recipe.evaluation.max_new_tokens, recipe.generator.canary_tolerance) == ("quick", 64, 1e-3)
-    assert (recipe.algorithm.clip_low, recipe.algorithm.clip_high) == (0.2, 0.28)
-    assert (recipe.algorithm.scale_by_std, recipe.algorithm.kl_coef, recipe.algorithm.kl_estimator) == (True, 0.0, "k3")
+    algorithm = recipe.algorithm
+    assert algorithm.loss == {"use": "ppo_clip", "clip_low": 0.2, "clip_high": 0.28}
+    assert algorithm.advantage == {"use": "grpo", "scale_by_std": True}
+    assert (algorithm.aggregation_tokens, algorithm.critic.pretrain_steps, algorithm.length) == (64, 0, {"use": "none"})
+    assert algorithm.critic.lr == CRITIC_LR_RATIO * recipe.engine.lr
 
 
 def test_load_keeps_what_the_recipe_says(write):
     recipe = load(
-        write(), ["name=mine", "algorithm.clip_high=0.4", "evaluation.max_new_tokens=9", "model.dtype=bfloat16"]
+        write(), ["name=mine", "algorithm.loss.clip_high=0.4", "evaluation.max_new_tokens=9", "model.dtype=bfloat16"]
     )
-    assert (recipe.name, recipe.algorithm.clip_high, recipe.evaluation.max_new_tokens) == ("mine", 0.4, 9)
+    assert (recipe.name, recipe.evaluation.max_new_tokens) == ("mine", 9)
+    assert recipe.algorithm.loss == {"use": "ppo_clip", "clip_low": 0.2, "clip_high": 0.4}
     assert recipe.generator.canary_tolerance == 0.2
 
 
@@ -126,6 +130,18 @@ def test_null_takes_an_optional_section_away(write):
 
 def test_a_curriculums_parameter_keeps_the_default_curriculum(write):
     assert load(write(), ["curriculum.floor=0.1"]).curriculum == {"use": "uniform", "floor": 0.1}
+    found = load(write(), ["algorithm.name=scalerl", "curriculum.threshold=0.8"]).curriculum
+    assert found == {"use": "scalerl", "threshold": 0.8}
+
+
+def test_the_algorithms_curriculum_gives_way_to_the_recipes(write):
+    assert load(write(), ["algorithm.name=scalerl"]).curriculum == {"use": "scalerl"}
+    assert load(write(), ["algorithm.name=scalerl", "curriculum.use=uniform"]).curriculum == {"use": "uniform"}
+
+
+def test_what_follows_from_another_field_is_not_told_twice(write):
+    assert check(load(write(), ["sampling.max_new_tokens=0"])) == ["sampling.max_new_tokens must be > 0 (got 0)"]
+    assert check(load(write(), ["algorithm.critic.lr=-1"])) == ["algorithm.critic.lr must be > 0 (got -1.0)"]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +159,18 @@ def test_a_curriculums_parameter_keeps_the_default_curriculum(write):
         ("model.context=x", "model.context must be an integer or null (got 'x')"),
         ("engine.zero_stage=4", "engine.zero_stage must be one of 0, 1, 2, 3 (got 4)"),
         ("model.dtype=bf16", "model.dtype must be one of float32, bfloat16 (got 'bf16')"),
-        ("algorithm.kl_estimator=k9", "algorithm.kl_estimator must be one of k1, k2, k3 or null (got 'k9')"),
+        (
+            "algorithm.kl.estimator=k9",
+            "algorithm.kl.estimator must be one of k1, k2, k3, k1_plus, k3_plus, corrected_k3 (got 'k9')",
+        ),
+        ("algorithm.clip_high=0.3", "algorithm.clip_high: no such key (the keys here are name, advantage, loss,"),
+        ("algorithm.kl.reset.evry=3", "algorithm.kl.reset.evry: no such key, did you mean `every`?"),
+        ("algorithm.groups.without_spread=refil", "algorithm.groups.without_spread must be one of keep, drop, refill"),
+        (
+            "algorithm.aggregation=mean",
+            "algorithm.aggregation must be one of token_mean, seq_mean, seq_sum_const, prom",
+        ),
+        ("algorithm.loss=[1]", "algorithm.loss must be a mapping of keys to values (got [1])"),
         ("model=3", "model must be a mapping of keys to values (got 3)"),
         ("sampling=null", "sampling must be a mapping of keys to values (got None)"),
         ("engine.betas=[a, b]", "engine.betas must be a list, each a number (got ['a', 'b'])"),
@@ -234,9 +261,12 @@ SFT = [f"sft.tasks.path={SUMS}", f"sft.tasks.config={CONFIG}", "sft.tasks.soluti
             ["curriculum.use=half_curriculum:Half"],
             "curriculum.use: `half_curriculum:Half` must have the methods observe,",
         ),
-        (["algorithm.name=gpro"], "algorithm.name must be one of grpo (got 'gpro'), did you mean `grpo`?"),
-        (["sampling.group_size=1"], "sampling.group_size must be >= 2 for algorithm.name=grpo (got 1)"),
-        (["sampling.top_p=0.9"], "sampling.top_p must be 1.0 in training (got 0.9): the trainer's log-probs"),
+        (["sampling.group_size=1"], "sampling.group_size must be >= 2 for algorithm.advantage.use=grpo (got 1)"),
+        (
+            ["sampling.top_p=0.9"],
+            "sampling.top_p must be 1.0 in training (got 0.9): the trainer's log-probs are over the full vocabulary "
+            "and the sampler's mask is not replayed, so it would be another policy; use sampling.temperature",
+        ),
         (["sampling.top_k=50"], "sampling.top_k must be 0 in training (got 50)"),
         (["prompts_per_step=6"], "prompts_per_step must be a multiple of the number of ranks (got 6 on 4)"),
         (
@@ -244,6 +274,11 @@ SFT = [f"sft.tasks.path={SUMS}", f"sft.tasks.config={CONFIG}", "sft.tasks.soluti
             "prompts_per_step must divide into algorithm.minibatches on every rank (got 8 a rank",
         ),
         (["sampling.max_new_tokens=128", "evaluation.max_new_tokens=9"], "sampling.max_new_tokens must be less than"),
+        (
+            ["algorithm.interruption.text=stop", "algorithm.interruption.answer_tokens=64"],
+            "sampling.max_new_tokens + algorithm.interruption.answer_tokens must be less than model.context, which "
+            "holds the prompt too (got 64 + 64 and 128)",
+        ),
         (["evaluation.max_new_tokens=999"], "evaluation.max_new_tokens must be less than model.context"),
         ([*SFT, "sft.batch_size=6"], "sft.batch_size must be a multiple of the number of ranks (got 6 on 4)"),
         ([*SFT, "sft.tasks.solution=null"], "sft.tasks.solution must name the column"),
@@ -260,8 +295,11 @@ SFT = [f"sft.tasks.path={SUMS}", f"sft.tasks.config={CONFIG}", "sft.tasks.soluti
         (["engine.lr=.nan"], "engine.lr must be > 0 (got nan)"),
         (["engine.lr=.inf"], "engine.lr must be > 0 (got inf)"),
         (["sampling.temperature=0"], "sampling.temperature must be > 0 (got 0.0)"),
-        (["algorithm.clip_low=1"], "algorithm.clip_low must be in (0, 1) (got 1.0)"),
-        (["algorithm.kl_coef=-1"], "algorithm.kl_coef must be >= 0 (got -1.0)"),
+        (["algorithm.kl.coef=-1"], "algorithm.kl.coef must be >= 0 (got -1.0)"),
+        (["algorithm.kl.horizon=0"], "algorithm.kl.horizon must be > 0 (got 0.0)"),
+        (["algorithm.entropy.top_frac=0"], "algorithm.entropy.top_frac must be in (0, 1] (got 0.0)"),
+        (["algorithm.critic.lam=1.1"], "algorithm.critic.lam must be in [0, 1] (got 1.1)"),
+        (["algorithm.critic.gamma=0"], "algorithm.critic.gamma must be in (0, 1] (got 0.0)"),
         (["evaluation.n=0"], "evaluation.n must be > 0 (got 0)"),
         (["evaluation.top_p=0"], "evaluation.top_p must be in (0, 1] (got 0.0)"),
         ([*SFT, "sft.decay_frac=1.5"], "sft.decay_frac must be in (0, 1] (got 1.5)"),

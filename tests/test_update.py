@@ -4,22 +4,18 @@ import pytest
 import torch
 from tiny import CPU, ragged
 
-from rlpost.batch import Packer
+from rlpost.batch import Packer, make_batch
+from rlpost.losses import weighted_sum
 from rlpost.metrics import Metrics
 from rlpost.types import Batch
 from rlpost.update import update
 
 
 class Engine:
-    """A policy whose log-probs are given; it keeps what is done to it."""
+    """What an optimizer step does to a policy, written down."""
 
-    def __init__(self, size):
-        self.world = SimpleNamespace(size=size, all_gather_object=lambda item: [item])
+    def __init__(self):
         self.calls, self.total = [], 0.0
-
-    def token_logp(self, micro):
-        self.calls.append("forward")
-        return -micro.tokens_BT.float(), micro.tokens_BT.float() / 10
 
     def backward(self, loss):
         self.calls.append("backward")
@@ -30,33 +26,40 @@ class Engine:
         return 0.25
 
 
+def world(size=1):
+    """One of `size` ranks that all hold the same."""
+    return SimpleNamespace(size=size, device=CPU, all_gather_object=lambda item: [item] * size, max=lambda value: value)
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_update_adds_up_micro_batches_and_logs_the_mean_over_their_tokens(size):
-    micros = tuple(Packer(20, 20, CPU).micros(ragged()))
-    count = sum(int(micro.mask_BT.sum()) for micro in micros)
-    engine = Engine(size)
-    metrics = Metrics(engine.world)
+    ranks, engine = world(size), Engine()
+    batch = make_batch(ragged(), Packer(20, 20, CPU), ranks)
+    metrics = Metrics(world())
 
-    def loss_of(micro, logp_BT):
-        return -logp_BT * 2, {"policy/ratio_max": micro.tokens_BT.float()}
+    def loss_of(micro):
+        engine.calls.append("loss")
+        x_BT = micro.target_BT.float()
+        return weighted_sum(x_BT, micro.weight_BT, size), {"policy/entropy": x_BT / 10, "policy/ratio_max": x_BT}
 
-    update(engine, Batch(micros, step_tokens=3 * count), loss_of, metrics)
-    tokens = torch.cat([micro.tokens_BT[micro.mask_BT] for micro in micros]).double()
-    assert engine.calls == ["forward", "backward"] * len(micros) + ["step"]
-    assert engine.total == pytest.approx(2 * tokens.sum().item() * size / (3 * count))
+    norm = update(engine, batch, loss_of, metrics)
+    tokens = torch.cat([micro.target_BT[micro.mask_BT] for micro in batch.micros]).double()
+    assert len(batch.micros) > 1 and engine.calls == ["loss", "backward"] * len(batch.micros) + ["step"]
+    # The engine averages over ranks, so what each of them adds up is the mean over all tokens of the step.
+    assert engine.total == pytest.approx(tokens.mean().item())
+    assert norm == 0.25
     assert metrics.reduce() == pytest.approx(
-        {
-            "policy/loss": 2 * tokens.mean().item(),
-            "policy/entropy": tokens.mean().item() / 10,
-            "policy/ratio_max": tokens.max().item(),
-            "optim/grad_norm": 0.25,
-        }
+        {"policy/entropy": tokens.mean().item() / 10, "policy/ratio_max": tokens.max().item()}
     )
 
 
 def test_t4_a_step_without_tokens_is_still_one_step():
-    engine = Engine(1)
-    metrics = Metrics(engine.world)
-    update(engine, Batch((Packer(2, 2, CPU).empty(),), 0), lambda micro, logp_BT: (logp_BT, {}), metrics)
-    assert engine.calls == ["forward", "backward", "step"] and engine.total == 0.0
-    assert metrics.reduce() == {"optim/grad_norm": 0.25}
+    engine, metrics = Engine(), Metrics(world())
+    batch = Batch((Packer(2, 2, CPU).empty(),), 0)
+
+    def loss_of(micro):
+        return weighted_sum(micro.target_BT.float() + 1, micro.weight_BT, 1), {"policy/entropy": micro.target_BT}
+
+    assert update(engine, batch, loss_of, metrics) == 0.25
+    assert engine.calls == ["backward", "step"] and engine.total == 0.0
+    assert metrics.reduce() == {}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from rlpost.batch import Document, Packer
 from rlpost.errors import RunError
 from rlpost.types import Micro, Request, Rollout, Sampling
 
@@ -61,12 +62,8 @@ class Canary:
     @classmethod
     def of(cls, token_ids: Sequence[int], *, tolerance: float, device: torch.device) -> Canary:
         """A canary of these tokens; the first is given, the others are scored."""
-        tokens_BT = torch.tensor([list(token_ids)], device=device)
-        mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
-        mask_BT[:, -1] = False
-        zeros_BT = torch.zeros(tokens_BT.shape, device=device)
-        position_BT = torch.arange(tokens_BT.shape[1], device=device)[None]
-        micro = Micro(tokens_BT, position_BT, tokens_BT.roll(-1, dims=1), mask_BT, zeros_BT, zeros_BT)
+        document = Document(tuple(token_ids[:1]), tuple(token_ids[1:]), (0.0,) * (len(token_ids) - 1))
+        micro = Packer(len(token_ids), len(token_ids), device).micro([[document]])
         return cls(tuple(token_ids), tolerance, micro)
 
     def compare(self, engine: Engine, generator_logp: Sequence[float], report: SyncReport) -> None:

@@ -106,7 +106,12 @@ class HfGenerator:
 
 
 def processed_logp(logits_NV: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probs of the distribution that is sampled from: temperature, then top-k, then top-p, renormalised."""
+    """Log-probs of the distribution that is sampled from: temperature, then top-k, then top-p, renormalised.
+
+    Temperature 0 is the greedy choice.
+    """
+    if not sampling.temperature:
+        return torch.zeros_like(logits_NV).scatter(-1, logits_NV.argmax(-1, keepdim=True), 1.0).log()
     logits_NV = logits_NV / sampling.temperature
     if sampling.top_k:
         kth_N1 = logits_NV.topk(min(sampling.top_k, logits_NV.shape[-1])).values[:, -1:]

@@ -1,0 +1,123 @@
+"""Every algorithm of the table, and what a recipe can put in its place, from the first line of a run to the last."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from lab import logged, rlpost, train, train_here, weights
+
+from rlpost.algorithms import ALGORITHMS
+from rlpost.errors import RunError
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+EVERY_STEP = {"reward/mean", "policy/loss", "policy/entropy", "optim/grad_norm", "mismatch/k3", "groups/waves"}
+RESET_TWICE = ["algorithm.name=prorl_v2", "algorithm.kl.reset.every=2", "engine.lr=0.01", "steps=4"]
+OWN_LOSS = "algorithm.loss={use: 'mylab.losses:cispo_two_sided', high: 0.28}"
+
+
+@pytest.fixture
+def here(lab, single_rank):
+    """Train in this process with the plain generator."""
+
+    def run(name: str, *overrides: str) -> list[dict]:
+        return train_here(lab, single_rank, name, *overrides)
+
+    return run
+
+
+def rows(curve: list[dict]) -> list[dict]:
+    """The lines of training steps, all of them whole, finite and with a gradient."""
+    steps = [line for line in curve if "reward/mean" in line]
+    assert [line["step"] for line in steps] == list(range(len(steps)))
+    for line in steps:
+        assert EVERY_STEP <= line.keys(), EVERY_STEP - line.keys()
+        assert all(map(math.isfinite, line.values())), line
+        assert line["optim/grad_norm"] > 0
+    return steps
+
+
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in ("vapo", "prorl_v2")])
+def test_every_algorithm_trains_from_its_name_alone(here, name: str) -> None:
+    curve = rows(here(f"named-{name}", f"algorithm.name={name}", "steps=2"))
+    minibatches = ALGORITHMS[name].section.get("minibatches", 1)
+    assert [line["optim/steps"] for line in curve] == [minibatches, 2 * minibatches]
+    for line in curve:
+        assert line["groups/trained"] == 4
+        assert ("critic/loss" in line) == (name == "ppo")
+        assert ("policy/kl_ref" in line) == (name == "reinforce_pp")
+        assert ("curriculum/retired" in line) == (name == "scalerl")
+        assert ("reward/length_bonus" in line) == (name in ("dapo", "kimi_k15"))
+
+
+def test_vapo_trains_with_vllm_after_its_critic(lab) -> None:
+    first, *others = [line for line in train(lab, "vapo", "algorithm.name=vapo") if "reward/mean" in line]
+    assert "policy/loss" not in first
+    assert first["critic/grad_norm"] > 0
+    assert first["optim/steps"] == 0
+    assert [line["optim/steps"] for line in others] == [1, 2, 3]
+    for line in others:
+        assert {"policy/loss", "critic/loss", "critic/value", "critic/return", "critic/error"} <= line.keys()
+
+
+def test_prorl_v2_trains_with_vllm_and_resets_its_reference(lab) -> None:
+    curve = rows(train(lab, "prorl", *RESET_TWICE))
+    assert [line["policy/ref_resets"] for line in curve] == [0, 0, 1, 1]
+    kl = [line["policy/kl_ref"] for line in curve]
+    assert kl[0] == kl[2] == 0  # the reference is what is trained, to the last bit
+    assert kl[1] > 1e-4 < kl[3]
+    assert {"policy/kl_coef", "mismatch/age_0/k3", "rollouts/discarded", "tokens/discarded"} <= curve[0].keys()
+
+
+def test_refill_generates_until_enough_groups_have_spread(here) -> None:
+    """The share of sevens is often 0 in a whole group, so that one wave is not enough."""
+    rare = ["rewards=[{use: 'mylab.rewards:sevens'}]", "sampling.group_size=2", "sampling.max_new_tokens=8"]
+    curve = rows(here("refill", *rare, "algorithm.name=dapo", "steps=3"))
+    assert max(line["groups/waves"] for line in curve) > 1
+    for line in curve:
+        assert line["groups/trained"] == 4
+        assert line["rollouts/discarded"] == 2 * (line["groups/num"] - 4) > 0
+        assert line["tokens/trained"] == line["tokens/generated"] - line["tokens/discarded"]
+    assert all(line["groups/waves"] == 1 for line in rows(here("drop", *rare, "algorithm.name=grpo", "steps=3")))
+
+
+def test_a_users_loss_and_a_greedy_baseline_train_with_vllm(lab) -> None:
+    asked = ["algorithm.advantage=remax", OWN_LOSS, "algorithm.minibatches=2", "sampling.group_size=1"]
+    curve = rows(train(lab, "own", *asked, "algorithm.groups.without_spread=keep", "tasks.eval=null", "engine.lr=0.01"))
+    assert [line["optim/steps"] for line in curve] == [2, 4, 6, 8]
+    assert max(line["policy/bounded"] for line in curve) > 0
+
+
+def test_a_users_loss_is_handed_what_it_asks_for(here) -> None:
+    curve = rows(here("asks", "algorithm.loss={use: 'mylab.losses:length_mean'}", "steps=2"))
+    assert all(0 < line["policy/row_tokens"] <= line["tokens/trained"] for line in curve)
+
+
+def test_an_interrupted_answer_concludes_and_is_trained(here) -> None:
+    short = ["sampling.max_new_tokens=4", "algorithm.interruption.text='#'", "algorithm.interruption.answer_tokens=3"]
+    curve = rows(here("interrupted", *short, "algorithm.groups.without_spread=keep", "steps=2"))
+    for line in curve:
+        assert line["rollouts/interrupted"] > 0
+        assert 4 < line["rollouts/length_max"] <= 4 + 1 + 3
+        # The run's own `#` is generated, so to say, but never trained.
+        assert line["tokens/trained"] == line["tokens/generated"] - line["rollouts/interrupted"]
+
+
+def test_an_interruption_must_fit_the_context_with_every_prompt(here) -> None:
+    asked = ["model.context=34", "algorithm.interruption.text='##'", "algorithm.interruption.answer_tokens=5"]
+    with pytest.raises(RunError, match=r"tasks.train with algorithm.interruption: a prompt may have 3 tokens"):
+        here("too-long", *asked)
+
+
+def test_an_entropy_bonus_keeps_the_entropy_up(here) -> None:
+    """Without reward the bonus is all there is; both runs begin with the same rollouts."""
+    nothing = ["rewards=[{use: 'mylab.rewards:brevity', weight: 0.0}]", "algorithm.groups.without_spread=keep"]
+    shared = [*nothing, "engine.lr=0.003", "steps=6"]
+    without, plus = (
+        [line["policy/entropy"] for line in here(f"entropy-{coef}", *shared, f"algorithm.entropy.coef={coef}")]
+        for coef in (0, 0.1)
+    )
+    assert plus[0] == without[0]
+    assert without[-1] == pytest.approx(without[0], abs=0.02)
+    assert plus[-1] > without[-1] + 0.01
