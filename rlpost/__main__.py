@@ -127,12 +127,10 @@ def export(options: argparse.Namespace) -> None:
 
 def algorithms(options: argparse.Namespace) -> None:
     """`rlpost algorithms`."""
-    from rich.console import Console
-
     from rlpost.catalogue import print_catalogue, section
 
     if options.name is None:
-        print_catalogue(Console())
+        print_catalogue()
     else:
         print(section(options.name), end="")
 

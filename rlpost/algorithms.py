@@ -202,6 +202,8 @@ ADVANTAGES: dict[str, Piece] = {
 COMPARE_WITHIN_GROUP = frozenset(ADVANTAGES) - {"remax", "reinforce_pp", "gae"}
 """Advantages that are 0 for a group of one."""
 
+GIVEN_TO_LOSSES = frozenset({"document_BT", "mask_BT", "draw_BT"})
+"""What a loss may ask the run for by keyword, beside log-probs and advantages; `draw_BT` are uniform random numbers."""
 LOSSES: dict[str, Piece] = {
     "ppo_clip": Piece("clipped surrogate", {"clip_low": 0.2, "clip_high": 0.2}),
     "ppo_dual_clip": Piece(
@@ -244,7 +246,7 @@ LENGTHS: dict[str, Piece] = {
     "kimi": Piece("+.5 for the group's shortest to -.5 for its longest", {"weight": 0.1, "warmup_steps": 100}),
     "cosine": Piece(
         "a cosine from high to low over the budget, on for some steps, then off",
-        {"low": -0.1, "high": 0.0, "on": 100, "off": 500, "weight": 1.0},
+        {"low": -0.1, "high": 0.0, "steps_on": 100, "steps_off": 500, "weight": 1.0},
     ),
 }
 

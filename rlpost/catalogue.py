@@ -25,8 +25,9 @@ PIECES = (
 """Recipe key, what may stand there, and the table."""
 
 
-def print_catalogue(console: Console) -> None:
-    """All bundles, and below them the pieces that they are made of; `console` decides on width and colour."""
+def print_catalogue(console: Console | None = None) -> None:
+    """All bundles, and below them the pieces that they are made of, as wide as the terminal or the given console."""
+    console = console or Console()
     bundles = _table("algorithm.name", "what it does", "made of")
     for name, bundle in ALGORITHMS.items():
         bundles.add_row(Text(name), Text(f"{bundle.summary}\n{bundle.paper}"), Text("\n".join(ingredients(bundle))))

@@ -7,15 +7,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlpost.algorithms import ALGORITHMS, COMPARE_WITHIN_GROUP, CORRECTIONS, PIECES, Piece
+from rlpost.algorithms import ALGORITHMS, COMPARE_WITHIN_GROUP, CORRECTIONS, GIVEN_TO_LOSSES, PIECES, Piece
 from rlpost.errors import RecipeError, RunError
 from rlpost.plugins import bind, did_you_mean, resolve
 from rlpost.recipe import Recipe
 
 POSITIONAL = {"advantage": 1, "loss": 3}
 """The parts that may be a function of the user's, and how many tensors it is called with."""
-GIVEN_TO_LOSSES = frozenset({"document_BT", "mask_BT", "draw_BT"})
-"""What a loss may ask the run for by keyword."""
 WORDS = {"count": ("tokens", "rollouts")}
 """The values of parameters that are words."""
 ORDERED = (("low", "high"), ("cov_low", "cov_high"))
@@ -28,14 +26,14 @@ _BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
     ("in (0, 1]", lambda x: 0 < x <= 1, "frac buffer_frac"),
     ("in [0, 1]", lambda x: 0 <= x <= 1, "lam"),
     ("> 1", lambda x: x > 1, "dual_clip"),
-    (">= 1", lambda x: x >= 1, "ratio_cap on"),
+    (">= 1", lambda x: x >= 1, "ratio_cap steps_on"),
     (
         "> 0",
         lambda x: x > 0,
         "clip_high gmpo.clip_low cap limit icepop.low geometric_rejection.low tau tau_pos tau_neg k_pos k_neg "
         "lambda_pos lambda_neg",
     ),
-    (">= 0", lambda x: x >= 0, "coef weight warmup_steps off length_alpha"),
+    (">= 0", lambda x: x >= 0, "coef weight warmup_steps steps_off length_alpha"),
 ]
 """By parameter, or by choice and parameter where one choice differs: gmpo clips the logarithm of the ratio."""
 _BOUND_OF = {name: (text, holds) for text, holds, names in _BOUNDS for name in names.split()}
@@ -149,6 +147,11 @@ def _kl(recipe: Recipe) -> list[str]:
         problems.append(
             f"algorithm.kl.estimator must be one of {', '.join(REWARD_ESTIMATORS)} for algorithm.kl.place=reward (got "
             f"{kl.estimator}): the others differ in their gradient, which a reward has none of"
+        )
+    if kl.place == "reward" and kl.coef and recipe.algorithm.advantage.get("use") == "gdpo":
+        problems.append(
+            "algorithm.kl.place must be loss for algorithm.advantage.use=gdpo (got reward): it looks at each reward by "
+            "itself, and the KL is none of them"
         )
     needing = {"target": kl.target, **{f"reset.{name}": getattr(kl.reset, name) for name in RESET_TRIGGERS}}
     problems += [

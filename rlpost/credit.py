@@ -89,7 +89,7 @@ def _length_rewards(
     if length["use"] == "kimi":
         weight = lengths.warmed_up(length["weight"], step=step, warmup_steps=length["warmup_steps"])
         return [weight * reward for reward in lengths.kimi_length(tokens, correct)]
-    if length["use"] == "cosine" and lengths.switched_on(step, on=length["on"], off=length["off"]):
+    if length["use"] == "cosine" and lengths.switched_on(step, on=length["steps_on"], off=length["steps_off"]):
         bounds = {"limit": budget, "low": length["low"], "high": length["high"]}
         return [length["weight"] * lengths.cosine_length(n, **bounds) for n in tokens]
     return [0.0] * len(tokens)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlpost import entropy, losses, mismatch
 from rlpost.algorithm_recipe import Algorithm
-from rlpost.algorithms import LOSSES
+from rlpost.algorithms import GIVEN_TO_LOSSES, LOSSES
 from rlpost.batch import Document
 from rlpost.kl import adapted_coef, corrected_k3, kl
 from rlpost.masked import blank
@@ -26,8 +26,6 @@ from rlpost.types import Micro
 from rlpost.world import World
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, Micro], tuple[Tensor, losses.Stats]]
-GIVEN = frozenset({"document_BT", "mask_BT", "draw_BT"})
-"""What a loss may ask for beside log-probs and advantages; `draw_BT` are uniform random numbers."""
 STATS = {"ratio": ("policy/ratio_mean", "policy/ratio_max"), "clipped": ("policy/clipped_frac",)}
 """Figures of a loss that have a name of their own; any other is `policy/<its name>`."""
 MISMATCH_TOKENS = 1 << 20
@@ -219,9 +217,9 @@ class Objective:
 
 
 def bind_loss(chosen: Mapping[str, Any]) -> PolicyLoss:
-    """The recipe's policy loss with its parameters; of `GIVEN` it is handed what its signature has."""
+    """The recipe's policy loss with its parameters; of `GIVEN_TO_LOSSES` it is handed what its signature has."""
     path = f"rlpost.losses:{chosen['use']}" if chosen["use"] in LOSSES else chosen["use"]
-    takes = GIVEN & set(inspect.signature(resolve(path, "rlpost")).parameters)
+    takes = GIVEN_TO_LOSSES & set(inspect.signature(resolve(path, "rlpost")).parameters)
     bound = bind({**chosen, "use": path}, "rlpost", where="algorithm.loss", skip=3, supplied=takes)
 
     def loss(logp_BT: Tensor, behavior_BT: Tensor, adv_BT: Tensor, micro: Micro) -> tuple[Tensor, losses.Stats]:

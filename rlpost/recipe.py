@@ -294,8 +294,9 @@ def _name_algorithm(tree: dict[str, Any]) -> None:
         return
     tree["algorithm"] = with_bundle(section)
     bundle = ALGORITHMS.get(str(section.get("name", Algorithm.name)))
-    if bundle is not None and tree.get("curriculum") is None:
-        tree["curriculum"] = {"use": bundle.curriculum}
+    curriculum = {} if tree.get("curriculum") is None else tree["curriculum"]
+    if bundle is not None and isinstance(curriculum, dict):
+        tree["curriculum"] = {"use": bundle.curriculum, **curriculum}
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -126,14 +126,14 @@ def build(recipe: Recipe, world: World) -> Run:
             samples=Samples(folder, recipe.logging.samples_per_step),
             checkpoints=Checkpoints(folder, world, keep=recipe.keep_checkpoints),
         )
-        torch.manual_seed(recipe.seed + world.rank)  # what a loss draws, whatever was drawn while the parts were made
         resume(run)
     clock.lap()
     return run
 
 
 def resume(run: Run) -> None:
-    """Go on from a checkpoint where the recipe asks for it and there is one."""
+    """Go on from a checkpoint where the recipe asks for it and there is one, else with random numbers of the seed."""
+    torch.manual_seed(run.recipe.seed + run.world.rank)  # whatever was drawn while the parts were made
     if run.recipe.resume == "never":
         return
     try:

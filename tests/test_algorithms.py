@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from rlpost import advantages, check_algorithm, credit, losses, mismatch, objective
-from rlpost.algorithms import ADVANTAGES, ALGORITHMS, CORRECTIONS, LENGTHS, LOSSES, PIECES, with_bundle
+from rlpost import advantages, credit, losses, mismatch
+from rlpost.algorithms import (
+    ADVANTAGES,
+    ALGORITHMS,
+    CORRECTIONS,
+    GIVEN_TO_LOSSES,
+    LENGTHS,
+    LOSSES,
+    PIECES,
+    with_bundle,
+)
 from rlpost.check import check
 from rlpost.recipe import load, to_yaml
 from rlpost.types import Group, Rollout, Task
@@ -39,7 +48,7 @@ def functions_on(module, first):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_losss_parameters_are_those_of_its_function(name):
-    assert set(LOSSES[name].parameters) == keywords(getattr(losses, name)) - objective.GIVEN
+    assert set(LOSSES[name].parameters) == keywords(getattr(losses, name)) - GIVEN_TO_LOSSES
 
 
 @pytest.mark.parametrize("name", CORRECTIONS)
@@ -74,7 +83,7 @@ class Recorded(dict):
     @property
     def off(self):
         """Whether a schedule is in the part without a length reward at step 100."""
-        return self.get("on", 101) <= 100
+        return self.get("steps_on", 101) <= 100
 
     def __getitem__(self, key):
         self.keys_read.add(key)
@@ -91,10 +100,6 @@ def test_every_loss_and_every_correction_is_in_the_table():
     assert returning == set(LOSSES)
     public = {name for name in functions_on(mismatch, ["prox_logp_BT", "behavior_logp_BT"]) if name[0] != "_"}
     assert public == set(CORRECTIONS)
-
-
-def test_the_check_and_the_run_give_a_loss_the_same_keywords():
-    assert check_algorithm.GIVEN_TO_LOSSES == objective.GIVEN
 
 
 def leaves(section, *path):
@@ -211,8 +216,8 @@ def test_a_recipe_goes_over_its_bundle(section, part, wanted):
             ["name=prorl_v2", "advantage.count=words"],
             "algorithm.advantage.count must be one of tokens, rollouts (got 'words')",
         ),
-        (["length.use=cosine", "length.on=1.5"], "algorithm.length.on must be a whole number (got 1.5)"),
-        (["length.use=cosine", "length.on=0"], "algorithm.length.on must be >= 1 (got 0)"),
+        (["length.use=cosine", "length.steps_on=1.5"], "algorithm.length.steps_on must be a whole number (got 1.5)"),
+        (["length.use=cosine", "length.steps_on=0"], "algorithm.length.steps_on must be >= 1 (got 0)"),
         (
             ["length={use: cosine, low: 0.5}"],
             "algorithm.length.low must be less than algorithm.length.high (got 0.5 and 0.0)",

@@ -4,29 +4,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+from threads import World
 from tiny import CPU, gradients, logp_and_entropy, ragged, tiny_policy
 
-from rlpost.batch import DENSE_ROW_TOKENS, Document, Packer, document, make_batch, make_batches, make_packer, pack
+from rlpost.batch import (
+    DENSE_ROW_TOKENS,
+    Document,
+    Packer,
+    document,
+    documents_of,
+    in_parts,
+    make_batch,
+    make_packer,
+    pack,
+)
 from rlpost.recipe import BatchRecipe, Model, Recipe
 from rlpost.types import Group, Rollout, Task
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 """Rows of another shape sum in another order in float32."""
-
-
-class World:
-    """One rank of several whose other ranks hold so many micro-batches and tokens."""
-
-    device = CPU
-
-    def __init__(self, others_micros=0, others_tokens=0):
-        self.others_micros, self.others_tokens = others_micros, others_tokens
-
-    def sum(self, value):
-        return value + self.others_tokens
-
-    def max(self, value):
-        return max(value, self.others_micros)
 
 
 def packer(micro_tokens=40, row_tokens=20):
@@ -174,56 +170,101 @@ def test_micros_stay_within_the_budget_and_hold_every_trained_token(seed):
 
 
 def test_a_document_longer_than_a_micro_batch_gets_one_of_its_own():
-    documents = [Document((5,) * 30, (6,) * 30, (-1.0,) * 30, 1.0), *ragged(3)]
+    documents = [Document((5,) * 30, (6,) * 30, (-1.0,) * 30, advantage=1.0), *ragged(3)]
     micros = packer(micro_tokens=20, row_tokens=20).micros(documents)
     assert max(micro.tokens_BT.numel() for micro in micros) == 60
     assert micros[0].tokens_BT.shape == (1, 60)
 
 
-def test_step_tokens_is_the_sum_of_the_masks_over_all_ranks():
-    documents = [*ragged(), Document((3,), (4, 5), (math.nan, -1.0), 1.0)]
-    batch = make_batch(documents, packer(), World(others_tokens=7))
-    assert batch.step_tokens == 7 + sum(int(micro.mask_BT.sum()) for micro in batch.micros)
+def test_every_figure_of_a_document_lies_where_its_token_is_predicted():
+    marks = {"mark": torch.tensor([10.0, 20.0, 30.0])}
+    one = Document(
+        (5, 6), (7, 8, 1), (-0.1, math.nan, -0.3), torch.tensor([1.0, 2.0, 3.0]), version=4, scores=marks, weight=0.5
+    )
+    other = Document((9,), (3,), (-0.4,), advantage=6.0, version=7, scores={"mark": torch.tensor([40.0])}, weight=0.25)
+    micro = packer().micro([[one, replace(other, imitation_weight=0.125)]], 8)
+    assert micro.mask_BT.int().tolist() == [[0, 1, 0, 1, 0, 1, 0, 0]]
+    assert micro.document_BT.tolist() == [[0, 0, 0, 0, 0, 1, 1, -1]]
+    assert micro.version_BT.tolist() == [[4, 4, 4, 4, 4, 7, 7, 0]]
+    assert micro.adv_BT.tolist() == [[0, 1, 0, 3, 0, 6, 0, 0]]
+    assert micro.weight_BT.tolist() == [[0, 0.5, 0, 0.5, 0, 0.25, 0, 0]]
+    assert micro.imitation_weight_BT.tolist() == [[0, 0, 0, 0, 0, 0.125, 0, 0]]
+    assert micro.scores["mark"].tolist() == [[0, 10, 0, 30, 0, 40, 0, 0]]
 
 
-@pytest.mark.parametrize("count", [0, 2])
-def test_every_rank_has_as_many_micro_batches_as_the_busiest(count):
-    batch = make_batch(ragged(count), packer(), World(others_micros=5, others_tokens=100))
-    assert len(batch.micros) == 5
-    assert not batch.micros[-1].mask_BT.any() and batch.micros[-1].tokens_BT.shape == (1, 2)
+def test_without_a_prompt_the_first_tokens_figures_are_left_out():
+    one = Document((), (7, 8, 1), (-0.1, -0.2, -0.3), torch.tensor([1.0, 2.0, 3.0]))
+    assert packer().micro([[one]], 4).adv_BT.tolist() == [[2, 3, 0, 0]]
+    assert one.trained == [False, True, True]
 
 
-def group(place, rewards):
+def test_a_score_that_is_not_finite_under_the_mask_leaves_zero():
+    one = Document((5,), (7, 8), (math.nan, -0.2), scores={"mark": torch.tensor([math.nan, 2.0])})
+    assert packer().micro([[one]], 3).scores["mark"].tolist() == [[0, 2, 0]]
+
+
+def test_documents_are_numbered_apart_over_all_rows_of_a_micro_batch():
+    [micro] = packer(100, 20).micros(ragged(6))
+    numbers = [number for row in micro.document_BT.tolist() for number in dict.fromkeys(row) if number >= 0]
+    assert len(micro.tokens_BT) > 1 and numbers == list(range(6))
+
+
+def group(place, rewards, finish="stop"):
     task = Task(f"t{place}", "1+1=")
     rollouts = [
-        Rollout(task, place, (2, 3), (2, 3), (4 + place, 1), (-0.5, -0.25), "stop", 0, reward=reward)
+        Rollout(
+            *(task, place, (2, 3), (2, 3), (4 + place, 1), (-0.5, -0.25), finish, 3),
+            reward=reward,
+            reward_parts={"right": reward},
+        )
         for reward in rewards
     ]
     return Group(place, task, rollouts)
 
 
-def test_t3_each_minibatch_counts_its_own_tokens_and_groups_stay_whole():
-    groups = [group(i, [0.0, 1.0]) for i in range(5)]
-    batches = make_batches(groups, [[-1.0, 1.0]] * 5, packer(), World(), minibatches=2)
+@pytest.mark.parametrize(
+    ("parts", "wanted"),
+    [
+        (1, [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4]]),
+        (2, [[0, 0, 1, 1], [2, 2, 3, 3, 4, 4]]),
+        (5, [[0, 0], [1, 1], [2, 2], [3, 3], [4, 4]]),
+        (7, [[], [0, 0], [1, 1], [], [2, 2], [3, 3], [4, 4]]),
+    ],
+)
+def test_parts_are_nearly_equal_and_keep_groups_whole(parts, wanted):
+    documents = documents_of([group(i, [0.0, 1.0]) for i in range(5)])
+    shuffled = random.Random(0).sample(documents, len(documents))
+    assert [[one.group for one in part] for part in in_parts(shuffled, range(5), parts)] == wanted
+
+
+def test_t3_each_minibatch_counts_its_own_tokens():
+    documents = documents_of([group(i, [0.0, 1.0]) for i in range(5)])
+    batches = [make_batch(part, packer(), World()) for part in in_parts(documents, range(5), 2)]
     assert [batch.step_tokens for batch in batches] == [8, 12]
-    targets = [sorted(set(batch.micros[0].target_BT.flatten().tolist()) - {0, 1, 3}) for batch in batches]
-    assert targets == [[4, 5], [6, 7, 8]]
+    assert [batch.micros[0].weight_BT.sum().item() for batch in batches] == pytest.approx([1.0, 1.0])
 
 
-def test_more_minibatches_than_groups_leave_empty_ones():
-    batches = make_batches([group(0, [0.0, 1.0])], [[-1.0, 1.0]], packer(), World(), minibatches=3)
-    assert [batch.step_tokens for batch in batches] == [0, 0, 4]
+def test_a_group_without_documents_keeps_its_place_among_the_parts():
+    documents = documents_of([group(2, [0.0, 1.0])])
+    assert [len(part) for part in in_parts(documents, [1, 2], 2)] == [0, 2]
 
 
-def test_t38_an_unjudged_rollout_has_no_trained_token():
-    judged, unjudged = group(0, [1.0, None]).rollouts
-    assert document(judged, 0.5).num_trained == 2 and document(judged, 0.5).advantage == 0.5
-    assert document(unjudged, 0.5).num_trained == 0 and document(unjudged, 0.5).advantage == 0.0
+def test_t38_an_unjudged_rollout_keeps_its_place_with_no_trained_token():
+    judged, unjudged = documents_of([group(0, [1.0, None])])
+    assert (judged.num_trained, judged.correct, judged.version, judged.group) == (2, True, 3, 0)
+    assert (unjudged.num_trained, unjudged.correct) == (0, False)
+
+
+def test_a_truncated_answer_is_trained_unless_the_recipe_masks_it():
+    (rollout,) = group(0, [0.0], finish="length").rollouts
+    assert document(rollout).num_trained == 2
+    assert document(rollout, train_truncated=False).num_trained == 0
+    assert document(group(0, [0.0]).rollouts[0], train_truncated=False).num_trained == 2
 
 
 def test_t37_the_loss_conditions_on_the_prompt_without_the_hint():
     rollout = replace(group(0, [1.0]).rollouts[0], sampled_prompt_ids=(9, 9, 2, 3))
-    assert document(rollout, 1.0).prompt_ids == (2, 3)
+    assert document(rollout).prompt_ids == (2, 3)
 
 
 def test_rows_are_short_without_flash_attention_unless_the_recipe_says_otherwise():

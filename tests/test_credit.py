@@ -265,7 +265,7 @@ def test_length_rewards_as_the_recipe_says():
     kimi = {"use": "kimi", "weight": 0.6, "warmup_steps": 3}
     assert rewards(kimi, step=2) == [0.0, 0.0, 0.0]
     assert rewards(kimi, step=3) == pytest.approx([0.6 * (0.5 - 5 / 15), -0.3, 0.0])
-    cosine = {"use": "cosine", "low": -1.0, "high": 0.0, "on": 2, "off": 1, "weight": 1.0}
+    cosine = {"use": "cosine", "low": -1.0, "high": 0.0, "steps_on": 2, "steps_off": 1, "weight": 1.0}
     assert rewards(cosine, step=1) == pytest.approx([-0.5, -1.0, -0.5 + 0.5 * math.cos(math.pi / 4)])
     assert rewards(cosine, step=2) == [0.0, 0.0, 0.0]
 

@@ -5,8 +5,10 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from rlpost.algorithm_recipe import Algorithm, Groups
+from rlpost.batch import Packer, documents_of, make_batch
 from rlpost.errors import SharedError
 from rlpost.metrics import Clock, Metrics
 from rlpost.recipe import Recipe, SamplingRecipe
@@ -130,6 +132,30 @@ def test_refill_goes_on_until_enough_groups_have_spread_and_counts_what_it_threw
     assert figures["groups/trained"] == 4 and figures["groups/num"] == run.next_group == len(run.curriculum.observed)
     assert figures["rollouts/discarded"] == figures["rollouts/num"] - 8
     assert run.generator.wakes == 1
+
+
+def test_t24_refill_chooses_by_number_whatever_order_the_answers_come_in():
+    """Long answers come last: choosing what is there first would train on short ones."""
+
+    class Slow(Generator):
+        def generate(self, requests, sampling):
+            return sorted(super().generate(requests, sampling), key=lambda rollout: -rollout.group)
+
+    kinds = ("solved", "mixed", "mixed")
+    prompt, late = make_run(*kinds, groups=Groups("refill")), make_run(*kinds, groups=Groups("refill"))
+    late.generator = Slow()
+    assert [group.id for group in gather(late, 0)] == [group.id for group in gather(prompt, 0)] == [1, 2, 4, 5]
+
+
+def test_t24_dropped_groups_leave_the_denominator_and_kept_ones_stay_in_it():
+    """Without half of the groups a token of the others counts twice as much: drop is no filter for free."""
+    weights = {}
+    for rule in ("keep", "drop"):
+        run = make_run("mixed", "solved", groups=Groups(rule))
+        run.world.max = lambda value: value
+        batch = make_batch(documents_of(gather(run, 0)), Packer(64, 64, torch.device("cpu")), run.world)
+        weights[rule] = {round(1 / weight) for weight in batch.micros[0].weight_BT.unique().tolist() if weight}
+    assert weights == {"keep": {16}, "drop": {8}}
 
 
 def test_refill_ends_with_its_budget_and_trains_on_what_it_has():
