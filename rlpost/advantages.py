@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 
-def grpo(rewards_G: Tensor, *, scale_by_std: bool, eps: float = 1e-6) -> Tensor:
+def grpo(rewards_G: Tensor, *, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
     """Group-relative advantage, `A_i = (r_i - mean(r)) / (std(r) + eps)`; GRPO section 4.1.2, arXiv:2402.03300.
 
     `std` has the unbiased divisor G - 1. Without `scale_by_std` only the mean is taken off (Dr. GRPO,
@@ -63,7 +63,7 @@ def opo(rewards_G: Tensor, lengths_G: Tensor) -> Tensor:
     return (rewards_G - baseline).nan_to_num(0.0)
 
 
-def passk(rewards_G: Tensor, *, scale_by_std: bool, eps: float = 1e-6) -> Tensor:
+def passk(rewards_G: Tensor, *, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
     """Only the best rollout counts, by its lead: `r_max - r_second`, over the group's std if asked. arXiv:2503.19595.
 
     Without the std it is an unbiased gradient of the expected best of G, since the best of the others is a baseline.
@@ -184,7 +184,7 @@ def gdpo(parts: Sequence[Tensor], weights_K: Sequence[float], batch: Moments) ->
     return whiten([gdpo_sum(parts_KG, weights_K) for parts_KG in parts], batch)
 
 
-def gae(rewards_T: Tensor, values_T: Tensor, *, gamma: float, lam: float, bootstrap: float = 0.0) -> Tensor:
+def gae(rewards_T: Tensor, values_T: Tensor, *, gamma: float = 1.0, lam: float = 1.0, bootstrap: float = 0.0) -> Tensor:
     """Generalised advantage over the response tokens of one sequence, arXiv:1506.02438, eq. 16.
 
     `A_t = sum_l (gamma lam)^l delta_{t+l}`, `delta_t = r_t + gamma V_{t+1} - V_t`; `bootstrap` is the value after the

@@ -57,6 +57,11 @@ def brevity(rollout, *, target: int = 200) -> float:
 def sevens(rollout) -> float:
     """The share of sevens."""
     return rollout.text.count("7") / len(rollout.token_ids)
+
+
+def foreseeable(rollout) -> float:
+    """1 where the problem begins with a plus, whatever the answer."""
+    return float(rollout.task.prompt[1] == "+")
 '''
 LOSSES = '''
 import torch
