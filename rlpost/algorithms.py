@@ -263,10 +263,7 @@ def with_bundle(section: Mapping[str, Any]) -> dict[str, Any]:
     {'use': 'gspo', 'clip_low': 0.0003, 'clip_high': 0.0004}
     """
     bundle = ALGORITHMS.get(str(section.get("name", "grpo")))
-    named = {
-        key: {"use": value} if key in PIECES and isinstance(value, str) else value for key, value in section.items()
-    }
-    merged = _over(bundle.section if bundle is not None else {}, named)
+    merged = _over(bundle.section if bundle is not None else {}, section)
     for part, pieces in PIECES.items():
         if isinstance(chosen := merged.get(part), dict):
             merged[part] = with_parameters(chosen, pieces)

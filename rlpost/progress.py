@@ -86,7 +86,8 @@ class Progress:
 
     def final(self, summary: Mapping[str, Any]) -> None:
         """Show the run's result: evaluation before and after, and where the time went."""
-        self.console.print(eval_table(summary["eval"]))
+        if any(summary["eval"].values()):
+            self.console.print(eval_table(summary["eval"]))
         self.console.print(time_table(summary))
 
 

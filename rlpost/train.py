@@ -60,12 +60,12 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         engine.clear_optimizer()
     version = engine.updates
     for epoch in range(recipe.algorithm.epochs):
-        for place, batch in enumerate(batches):
+        for batch in batches:
             if not batch.step_tokens:  # counted over all ranks, so all ranks leave it out
                 continue
             with clock("train"):
                 if not warming_up:
-                    measured = epoch == 0 and (place == 0 or run.objective.needs_prox)
+                    measured = engine.updates == version or (epoch == 0 and run.objective.needs_prox)
                     loss = partial(policy_loss, run, version=version, measured=measured)
                     metrics.mean("optim/grad_norm", update(engine, batch, loss, metrics))
                     metrics.sum("tokens/trained", batch.step_tokens if run.world.is_main else 0)

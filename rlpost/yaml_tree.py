@@ -11,6 +11,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlpost.errors import RecipeError
 
+PLAIN = (
+    ("tasks", "train", "path"),
+    ("tasks", "eval", "path"),
+    ("sft", "tasks", "path"),
+    ("algorithm", "advantage", "use"),
+    ("algorithm", "loss", "use"),
+    ("algorithm", "length", "use"),
+)
+"""(section, name, key): what may be plain text, and the key that it stands for."""
+
 
 def parse(path: Path) -> dict[str, Any]:
     """The file's keys and values, interpolations resolved."""
@@ -29,15 +39,15 @@ def parse(path: Path) -> dict[str, Any]:
 
 
 def expand(tree: dict[str, Any]) -> dict[str, Any]:
-    """A task source given as plain text is its path.
+    """What is given as plain text is the first field of its section: a task source its path, a choice its name.
 
-    >>> expand({"tasks": {"train": "a.jsonl"}})
-    {'tasks': {'train': {'path': 'a.jsonl'}}}
+    >>> expand({"tasks": {"train": "a.jsonl"}, "algorithm": {"loss": "cispo"}})
+    {'tasks': {'train': {'path': 'a.jsonl'}}, 'algorithm': {'loss': {'use': 'cispo'}}}
     """
-    for section, name in (("tasks", "train"), ("tasks", "eval"), ("sft", "tasks")):
+    for section, name, key in PLAIN:
         fields = tree.get(section)
         if isinstance(fields, dict) and isinstance(fields.get(name), str):
-            fields[name] = {"path": fields[name]}
+            fields[name] = {key: fields[name]}
     return tree
 
 

@@ -21,6 +21,7 @@ from rlpost.algorithms import (
 from rlpost.check import check
 from rlpost.recipe import load, to_yaml
 from rlpost.types import Group, Rollout, Task
+from rlpost.yaml_tree import expand
 
 QUICKSTART = Path(__file__).parent.parent / "recipes/quickstart.yaml"
 NAMES = ", ".join(ALGORITHMS)
@@ -168,7 +169,7 @@ def test_loading_leaves_the_table_as_it_is(quickstart):
     ],
 )
 def test_a_recipe_goes_over_its_bundle(section, part, wanted):
-    assert with_bundle(section)[part] == wanted
+    assert with_bundle(expand({"algorithm": section})["algorithm"])[part] == wanted
 
 
 @pytest.mark.parametrize(

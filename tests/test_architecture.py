@@ -20,7 +20,7 @@ AT_HOME = {
     "datasets": {"rlpost/sources.py"},
     "pyarrow": {"rlpost/sources.py"},
     "reasoning_gym": {"rlpost/sources.py"},
-    "rich": {"rlpost/progress.py", "rlpost/samples.py"},
+    "rich": {"rlpost/catalogue.py", "rlpost/progress.py", "rlpost/samples.py"},
     "wandb": {"rlpost/trackers.py"},
 }
 HEAVY = ("torch", "vllm", "deepspeed", "transformers", "datasets", "pyarrow", "reasoning_gym")
@@ -44,6 +44,9 @@ LIGHT = [
     "types",
     "errors",
     "algorithms",
+    "algorithm_recipe",
+    "check_algorithm",
+    "catalogue",
     "yaml_tree",
     "render",
     "score",
@@ -86,7 +89,7 @@ def test_checking_a_recipe_loads_no_heavy_library() -> None:
 
 def test_light_files_import_without_heavy_libraries() -> None:
     rlpost_files = [f"rlpost.{name}" for name in (*LIGHT, "score", "__main__")]
-    names = [*rlpost_files, "rewards.final_number", "curricula.uniform"]
+    names = [*rlpost_files, "rewards.final_number", "curricula.uniform", "curricula.scalerl"]
     assert loaded_by("\n".join(f"import {name}" for name in names)) == set()
 
 
@@ -117,15 +120,30 @@ def test_files_are_short_enough_to_read() -> None:
     assert {name_of(file): length for file in SOURCES if (length := len(file.read_text().splitlines())) > 400} == {}
 
 
-def test_only_reduce_tokens_divides_by_a_token_count() -> None:
-    dividing = {
-        f"{name_of(file)}:{function.name}"
-        for file in SOURCES
-        for function in functions(file)
-        for node in ast.walk(function)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and "token" in ast.unparse(node.right)
+def test_only_aggregation_divides_by_a_token_count() -> None:
+    """And nothing at all is divided or averaged where losses are put together: weights have seen to that."""
+    found = [division for file in SOURCES for division in divisions(file)]
+    assert {place for place, divisor in found if "token" in divisor or "_denominator" in divisor} == {
+        "rlpost/aggregation.py:token_weights"
     }
-    assert dividing <= {"rlpost/losses.py:reduce_tokens", "rlpost/aggregation.py:token_weights"}
+    whole = {"objective.py:policy_loss", "objective.py:value_loss", "losses.py:weighted_sum", "update.py:update"}
+    assert not {f"rlpost/{place}" for place in whole} & {place for place, _ in found}
+
+
+def divisions(file: Path) -> Iterator[tuple[str, str]]:
+    """Every division and mean in a file: the function that it stands in, and what is divided by."""
+    for function in functions(file):
+        for node in ast.walk(function):
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+                yield f"{name_of(file)}:{function.name}", ast.unparse(node.right)
+            if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Div):
+                yield f"{name_of(file)}:{function.name}", ast.unparse(node.value)
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in ("mean", "div")
+            ):
+                yield f"{name_of(file)}:{function.name}", ast.unparse(node)
 
 
 def test_nothing_is_called_old() -> None:

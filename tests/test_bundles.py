@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def rows(curve: list[dict]) -> list[dict]:
     steps = [line for line in curve if "reward/mean" in line]
     assert [line["step"] for line in steps] == list(range(len(steps)))
     for line in steps:
-        assert EVERY_STEP <= line.keys(), EVERY_STEP - line.keys()
+        assert line.keys() >= EVERY_STEP, EVERY_STEP - line.keys()
         assert all(map(math.isfinite, line.values())), line
         assert line["optim/grad_norm"] > 0
     return steps
@@ -152,8 +153,7 @@ def test_a_correction_multiplies_the_gradient(here) -> None:
 def adam_steps(lab, name: str, lr: float) -> list[float]:
     """The median change of a weight in each step after the first, in learning rates; Adam's first is 1."""
     steps = [weights(lab, name, step) for step in (1, 2, 3)]
-    pairs = zip(steps, steps[1:], strict=False)
-    changes = [torch.cat([(b[name] - a[name]).abs().flatten() for name in a]) for a, b in pairs]
+    changes = [torch.cat([(b[name] - a[name]).abs().flatten() for name in a]) for a, b in pairwise(steps)]
     return [float(change[change > 0].median()) / lr for change in changes]
 
 

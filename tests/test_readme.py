@@ -1,21 +1,32 @@
+import inspect
 import json
 import re
+import sys
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import torch
 
 from rlpost import algorithms, losses
+from rlpost.batch import Document, Packer
 from rlpost.check import load_and_check
 from rlpost.metrics import metric_info
+from rlpost.objective import bind_loss
 from rlpost.recipe import read
-from rlpost.types import Outcome, Task
+from rlpost.types import Micro, Outcome, Task
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "launch/README.md", "rewards/README.md", "curricula/README.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "launch/README.md",
+    "recipes/README.md",
+    "rewards/README.md",
+    "curricula/README.md",
+)
 DESCRIBED = ("launch/*", "recipes/*", "rlpost/*.py", "rlpost/*/*.py", "rewards/*", "curricula/*")
 
 
@@ -66,21 +77,62 @@ def test_the_first_recipe_of_the_readme_has_no_problem(tmp_path: Path):
         assert load_and_check(recipe, world_size=world_size).name == "gsm8k"
 
 
-def test_the_loss_in_contributing_passes_its_own_test():
-    loss, row, table, test = blocks(CONTRIBUTING, "python")
+def test_the_loss_in_contributing_passes_its_own_test_and_can_be_named(tmp_path, monkeypatch):
+    loss, piece, bundle, test = blocks(CONTRIBUTING, "python")
     names = vars(losses).copy()
     exec(loss, names)
     exec(test, names)
     names["test_cispo_two_sided_matches_hand_table"]()
-    exec(f"rows = {{{row}}}", names | vars(algorithms))
-    exec(table, {"losses": SimpleNamespace(**names)})
+    pieces, bundles = (eval(f"{{{row}}}", vars(algorithms).copy()) for row in (piece, bundle))
+    assert pieces.keys() == bundles.keys() == {"cispo_two_sided"}
+    takes = inspect.signature(names["cispo_two_sided"]).parameters.values()
+    given = {one.name for one in takes if one.kind == one.KEYWORD_ONLY}
+    assert given == pieces["cispo_two_sided"].parameters.keys()
+
+    monkeypatch.setattr(losses, "cispo_two_sided", names["cispo_two_sided"], raising=False)
+    monkeypatch.setitem(algorithms.LOSSES, "cispo_two_sided", pieces["cispo_two_sided"])
+    monkeypatch.setitem(algorithms.ALGORITHMS, "cispo_two_sided", bundles["cispo_two_sided"])
+    recipe = load_and_check(ROOT / "recipes/quickstart.yaml", ["algorithm.name=cispo_two_sided", f"run_dir={tmp_path}"])
+    assert recipe.algorithm.loss == {"use": "cispo_two_sided", "clip_low": 0.2, "clip_high": 0.28}
+    _, stats = bind_loss(recipe.algorithm.loss)(*torch.zeros(3, 1, 2), packed(1, 2))
+    assert stats.keys() == {"ratio", "clipped"}
+
+
+def test_the_loss_of_the_readme_has_the_policy_gradient_at_first_and_passes_the_check(tmp_path, monkeypatch):
+    code = next(block for block in blocks(README, "python") if "def soft_clip" in block)
+    (tmp_path / "readmelab").mkdir()
+    (tmp_path / "readmelab/losses.py").write_text(code, encoding="utf-8")
+    section = next(block for block in blocks(README, "yaml") if "soft_clip" in block).replace("mylab", "readmelab")
+    (tmp_path / "mine.yaml").write_text(blocks(README, "yaml")[0].replace("algorithm:", "# ") + section)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    recipe = load_and_check(tmp_path / "mine.yaml")
+    assert recipe.algorithm.loss == {"use": "readmelab.losses:soft_clip", "width": 0.3}
+    logp = torch.full((1, 2), -2.0, requires_grad=True)
+    loss, _ = bind_loss(recipe.algorithm.loss)(logp, logp.detach(), torch.tensor([[1.0, -0.5]]), packed(1, 2))
+    loss.sum().backward()
+    torch.testing.assert_close(logp.grad, torch.tensor([[-1.0, 0.5]]))
+
+
+def packed(rows: int, width: int) -> Micro:
+    """A micro-batch of one document a row; nothing in it but its shape is read."""
+    documents = [[Document((2,), (3,) * (width - 1), (-1.0,) * (width - 1))] for _ in range(rows)]
+    return Packer(width, width, torch.device("cpu")).micro(documents)
+
+
+def test_readme_lists_every_algorithm_in_the_order_of_the_table():
+    table = README.partition("| `algorithm.name` |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(algorithms.ALGORITHMS)
 
 
 def test_contributing_names_places_that_exist():
-    train = (ROOT / "rlpost/train.py").read_text(encoding="utf-8")
-    for quoted in ("losses.ppo_clip(", "def policy_loss(", "def group_advantages("):
-        assert quoted in train, quoted
-    assert "_BOUNDS" in (ROOT / "rlpost/check.py").read_text(encoding="utf-8")
+    for file, quoted in {
+        "credit.py": "def _of_the_group(",
+        "check_algorithm.py": "_BOUNDS",
+        "check.py": "_BOUNDS",
+        "losses.py": "def weighted_sum(",
+        "mismatch.py": "def icepop(",
+    }.items():
+        assert quoted in (ROOT / "rlpost" / file).read_text(encoding="utf-8"), quoted
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "launch/README.md"])

@@ -369,3 +369,8 @@ def test_validate_raises_what_check_finds(write):
         == check(recipe)
         == ["steps must be > 0 (got 0)", "engine.lr must be > 0 (got 0.0)"]
     )
+
+
+def test_a_choice_given_as_plain_text_takes_parameters_as_well(write):
+    recipe = load(write(), ["algorithm.loss=clip_cov", "algorithm.loss.frac=0.3"])
+    assert recipe.algorithm.loss["use"] == "clip_cov" and recipe.algorithm.loss["frac"] == 0.3
