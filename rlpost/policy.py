@@ -1,29 +1,29 @@
 """The policy: a causal language model that returns log-probs and entropies of given tokens, and nothing larger.
 
-Logits of `[tokens, V]` are made for the trained tokens only, `logp_chunk` tokens at a time, and again in the backward
-pass, so memory grows with `logp_chunk * V` and not with the batch.
+Logits are made for the trained tokens only, `logp_chunk` of them at a time (`head.py`), so memory grows with
+`logp_chunk * V` and not with the batch.
 
 A LoRA adapter would wrap `model` in `load_policy`, before `Policy` is made; nothing else in this file would change.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rlpost.errors import RunError
+from rlpost.head import Head, token_logp
 from rlpost.recipe import Model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class TokenLogp(nn.Module):
-    """The language-model head and the log-softmax over it, chunk by chunk.
+    """The language-model head and the log-softmax over it.
 
     It owns the head's weight (shared with the model), so that ZeRO-3 gathers it once for all chunks: the number of
     chunks differs between ranks, the number of gathers must not.
@@ -32,38 +32,17 @@ class TokenLogp(nn.Module):
     def __init__(self, head: nn.Linear, config: Any, *, chunk: int, entropy_grad: bool) -> None:
         super().__init__()
         self.weight, self.bias = head.weight, head.bias
-        self.chunk, self.entropy_grad = chunk, entropy_grad
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
+        scale, divisor = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
+        self.how = Head(
+            scale=float(scale) / float(divisor),
+            softcap=getattr(config, "final_logit_softcapping", None),
+            chunk=chunk,
+            entropy_grad=entropy_grad,
         )
 
     def forward(self, hidden_ND: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-prob of each target and entropy of each distribution `[N]`, at least float32, in nats."""
-        if len(target_N) <= self.chunk:
-            return self._chunk(hidden_ND, target_N, temperature)
-        pieces = [
-            checkpoint(self._chunk, hidden, target, temperature, use_reentrant=False)
-            for hidden, target in zip(hidden_ND.split(self.chunk), target_N.split(self.chunk), strict=True)
-        ]
-        logp, entropy = zip(*pieces, strict=True)
-        return torch.cat(logp), torch.cat(entropy)
-
-    def _chunk(self, hidden_ND: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logits_NV = nn.functional.linear(hidden_ND, self.weight, self.bias)
-        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-        if self.scale != 1.0:
-            logits_NV = logits_NV * self.scale
-        if self.softcap:
-            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
-        logits_NV = logits_NV / temperature
-        lse_N = torch.logsumexp(logits_NV, dim=-1)
-        logp_N = logits_NV.gather(-1, target_N[:, None]).squeeze(-1) - lse_N
-        # A gradient would keep two more tensors of [N, V] until the backward pass.
-        with nullcontext() if self.entropy_grad else torch.no_grad():
-            p_NV = torch.softmax(logits_NV, dim=-1)
-            entropy_N = lse_N - (p_NV * logits_NV).sum(-1)
-        return logp_N, entropy_N
+        return token_logp(hidden_ND, self.weight, self.bias, target_N, replace(self.how, temperature=temperature))
 
 
 class Policy(nn.Module):

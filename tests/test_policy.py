@@ -205,10 +205,10 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
 def test_load_policy_reads_a_folder_in_the_asked_type(tmp_path, dtype):
     tiny_llama(tie=False).save_pretrained(tmp_path)
     policy = load_policy(tmp_path, Model(dtype=dtype, logp_chunk=5, attention="eager"))
-    assert not policy.head.entropy_grad
-    assert load_policy(tmp_path, Model(dtype=dtype), entropy_grad=True).head.entropy_grad
+    assert not policy.head.how.entropy_grad
+    assert load_policy(tmp_path, Model(dtype=dtype), entropy_grad=True).head.how.entropy_grad
     assert {param.dtype for param in policy.parameters()} == {getattr(torch, dtype)}
-    assert policy.training and policy.head.chunk == 5 and policy.model.config._attn_implementation == "eager"
+    assert policy.training and policy.head.how.chunk == 5 and policy.model.config._attn_implementation == "eager"
     expected = tiny_policy(tie=False, dtype=getattr(torch, dtype), attention="eager")
     assert torch.equal(logp_and_entropy(policy, one_micro())[0], logp_and_entropy(expected, one_micro())[0])
 
