@@ -25,6 +25,8 @@ from rlpost.weights import PREFIX, WeightStream
 from rlpost.world import World
 
 REFERENCE_FILE = "reference.safetensors"
+LARGEST_BUCKET = 500_000_000
+"""Gradients that are reduced at once; DeepSpeed's default."""
 
 
 class Trained:
@@ -61,7 +63,7 @@ class Trained:
             model=module,
             optimizer=optimizer,
             lr_scheduler=scheduler,
-            config=deepspeed_config(recipe, dtype, clip=not clips_itself),
+            config=deepspeed_config(recipe, dtype, clip=not clips_itself, numel=numel_of(module)),
             dist_init_required=False,
         )
 
@@ -140,7 +142,7 @@ class Frozen:
         self.policy = policy
         self._forward: Any = policy
         if recipe.zero_stage == 3 and world.size > 1:
-            config = deepspeed_config(recipe, dtype, clip=False)
+            config = deepspeed_config(recipe, dtype, clip=False, numel=numel_of(policy))
             self._forward, *_ = _deepspeed().initialize(model=policy, config=config, dist_init_required=False)
 
     @torch.no_grad()
@@ -214,9 +216,15 @@ def lr_factor(recipe: EngineRecipe, step: int, total_steps: int) -> float:
     return 1 - done if recipe.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
-def deepspeed_config(recipe: EngineRecipe, dtype: str, *, clip: bool) -> dict[str, Any]:
-    """The DeepSpeed configuration of a recipe; `engine.deepspeed` is merged over it."""
-    zero: dict[str, Any] = {"stage": recipe.zero_stage}
+def numel_of(module: nn.Module) -> int:
+    """Numbers in a module's parameters."""
+    return sum(param.numel() for param in module.parameters())
+
+
+def deepspeed_config(recipe: EngineRecipe, dtype: str, *, clip: bool, numel: int = LARGEST_BUCKET) -> dict[str, Any]:
+    """The DeepSpeed configuration of a recipe, for `numel` parameters; `engine.deepspeed` is merged over it."""
+    # DeepSpeed sets the whole bucket aside, whether there are as many gradients or not.
+    zero: dict[str, Any] = {"stage": recipe.zero_stage, "reduce_bucket_size": min(LARGEST_BUCKET, numel)}
     if recipe.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config: dict[str, Any] = {

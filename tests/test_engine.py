@@ -236,8 +236,8 @@ def test_lr_factor_matches_hand_table():
 
 def test_deepspeed_section_is_merged_over_the_configuration():
     own = {"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True}
-    config = deepspeed_config(EngineRecipe(zero_stage=3, deepspeed=own), "bfloat16", clip=True)
-    assert config["zero_optimization"] == {"stage": 3, "overlap_comm": False}
+    config = deepspeed_config(EngineRecipe(zero_stage=3, deepspeed=own), "bfloat16", clip=True, numel=70)
+    assert config["zero_optimization"] == {"stage": 3, "overlap_comm": False, "reduce_bucket_size": 70}
     assert config["wall_clock_breakdown"] is True and config["gradient_clipping"] == 1.0
     assert config["gradient_accumulation_steps"] == 1 and config["managed_gradient_accumulation"] is False
 
