@@ -142,6 +142,12 @@ def logged(lab: Path, name: str) -> list[dict[str, Any]]:
     return [{key: x for key, x in json.loads(line).items() if not key.startswith(VARYING)} for line in lines]
 
 
+def base_model(lab: Path) -> Path:
+    """The supervised model that the run `first` started from."""
+    state = lab / "runs/first/checkpoints/step-000004/state.json"
+    return lab / "elsewhere" / json.loads(state.read_text())["model"]
+
+
 def weights(lab: Path, name: str, step: int) -> dict[str, Any]:
     """The float32 weights in a run's checkpoint."""
     from rlpost.engine import checkpoint_weights

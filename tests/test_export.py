@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lab import rlpost, weights
+from lab import base_model, rlpost, weights
 
 from rlpost.policy import load_policy
 from rlpost.recipe import load
@@ -21,8 +21,7 @@ def test_exported_folder_gives_the_logits_of_the_trained_policy(lab) -> None:
     assert done.stdout.splitlines()[-1] == f"model: {folder}"
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    [start] = (lab / "runs/models").glob("sft-*")
-    trained = load_policy(start, load(lab / "tiny.yaml").model).eval()
+    trained = load_policy(base_model(lab), load(lab / "tiny.yaml").model).eval()
     before = trained.model.get_input_embeddings().weight.clone()
     trained.load_state_dict(weights(lab, "first", 4), strict=False)
     ids = torch.tensor([AutoTokenizer.from_pretrained(folder).encode("7-0+6=")])

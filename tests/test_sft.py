@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from lab import rlpost
+from lab import base_model, rlpost
 
 from rlpost.recipe import load
 from rlpost.sft import shaped_by
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_base_model_is_made_once_and_then_found(lab) -> None:
-    [folder] = (lab / "runs/models").glob("sft-*")
+    folder = base_model(lab)
     written = (folder / "model.safetensors").stat().st_mtime_ns
     done = rlpost(lab, "sft")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, f"model: {folder}")
@@ -22,7 +22,7 @@ def test_base_model_is_made_once_and_then_found(lab) -> None:
 
 
 def test_loss_of_the_supervised_part_falls(lab) -> None:
-    [folder] = (lab / "runs/models").glob("sft-*")
+    folder = base_model(lab)
     losses = [json.loads(line)["policy/loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 4
     assert losses[-1] < losses[0]
