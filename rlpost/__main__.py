@@ -16,6 +16,7 @@ from rlpost.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
     from rlpost.recipe import Recipe
+    from rlpost.types import Task
     from rlpost.world import World
 
 BAD_RECIPE, FAILED, INTERRUPTED = 2, 1, 130
@@ -54,10 +55,13 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("recipe", help="a YAML file")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="such as engine.lr=1e-6")
         command.set_defaults(run=run)
+        if name == "check":
+            add_plan(command)
     what = "write a run's newest checkpoint as an ordinary Hugging Face folder"
     command = commands.add_parser("export", help=what, description=what)
     command.add_argument("run_folder", type=Path, help="such as runs/quickstart")
     command.add_argument("--to", type=Path, help="the folder to write (default: RUN/model)")
+    command.add_argument("--adapter", action="store_true", help="only the adapters of model.lora, as a folder of peft")
     command.add_argument("--checkpoint", type=Path, help="another than the newest, such as RUN/checkpoints/step-000010")
     command.set_defaults(run=export)
     what = "the table of algorithms, or one of them as a section to paste into a recipe"
@@ -65,6 +69,15 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("name", nargs="?", type=algorithm_name, metavar="NAME", help="such as dapo")
     command.set_defaults(run=algorithms)
     return top
+
+
+def add_plan(command: argparse.ArgumentParser) -> None:
+    """The options of `rlpost check --plan`."""
+    from rlpost.devices import DEVICES
+
+    what = "instead of the recipe, print parameters, memory, FLOPs and predicted seconds of a step"
+    command.add_argument("--plan", action="store_true", help=what)
+    command.add_argument("--device", choices=[*DEVICES, "cpu"], help="for --plan (default: what is in this machine)")
 
 
 def train(options: argparse.Namespace) -> None:
@@ -111,10 +124,24 @@ def check(options: argparse.Namespace) -> None:
 
     recipe = checked(options)
     train_tasks, eval_tasks = load_task_sets(recipe, offline=True)
+    if options.plan:
+        show_plan(recipe, train_tasks, options.device)
+        return
     print(to_yaml(recipe), end="")
     for name, tasks in (("tasks.train", train_tasks), ("tasks.eval", eval_tasks)):
         print(f"# {name}: {len(tasks)} problems" if tasks else f"# {name}: not read (on the hub, or not given)")
     print("# no problem found")
+
+
+def show_plan(recipe: Recipe, tasks: list[Task], device: str | None) -> None:
+    """`rlpost check --plan`: for as many ranks as this is started with, or WORLD_SIZE says."""
+    from rlpost.devices import find_device
+    from rlpost.plan import make_plan
+    from rlpost.plan_report import report
+
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    plan = make_plan(recipe, find_device(device, recipe.model.dtype, ranks=ranks), tasks, ranks=ranks)
+    print(report(plan), end="")
 
 
 def export(options: argparse.Namespace) -> None:
@@ -122,7 +149,8 @@ def export(options: argparse.Namespace) -> None:
     from rlpost.export import export_run
     from rlpost.world import World
 
-    print(f"model: {export_run(options.run_folder, World(), checkpoint=options.checkpoint, to=options.to)}")
+    asked = {"checkpoint": options.checkpoint, "to": options.to, "adapter": options.adapter}
+    print(f"model: {export_run(options.run_folder, World(), **asked)}")
 
 
 def algorithms(options: argparse.Namespace) -> None:

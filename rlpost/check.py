@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rlpost.check_algorithm import algorithm_problems
+from rlpost.check_algorithm import RESET_TRIGGERS, algorithm_problems
 from rlpost.errors import RecipeError
 from rlpost.plugins import bind, did_you_mean
 from rlpost.recipe import Recipe, Sft, read
@@ -28,6 +28,7 @@ _BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
         lambda x: 0 < x < math.inf,
         "steps prompts_per_step keep_checkpoints model.context model.logp_chunk model.init.hidden_size "
         "model.init.intermediate_size model.init.num_layers model.init.num_heads model.init.num_kv_heads "
+        "model.lora.rank model.lora.alpha "
         "sampling.group_size sampling.max_new_tokens sampling.temperature algorithm.aggregation_tokens "
         "algorithm.kl.target algorithm.kl.horizon algorithm.groups.max_waves algorithm.interruption.answer_tokens "
         "algorithm.mismatch.offpolicy_limit algorithm.critic.lr algorithm.critic.value_clip algorithm.minibatches "
@@ -51,6 +52,7 @@ _BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
         "algorithm.entropy.top_frac algorithm.critic.gamma sft.decay_frac evaluation.top_p",
     ),
     ("in [0, 1]", lambda x: 0 <= x <= 1, "algorithm.critic.lam"),
+    ("in [0, 1)", lambda x: 0 <= x < 1, "model.lora.dropout"),
 ]
 
 _FILLED_FROM = {
@@ -86,6 +88,7 @@ def check(recipe: Recipe, world_size: int = 1) -> list[str]:
     return [
         *_bounds(recipe),
         *_model(recipe),
+        *_lora(recipe),
         *_tasks(recipe),
         *_plugins(recipe),
         *algorithm_problems(recipe),
@@ -151,6 +154,33 @@ def _init(recipe: Recipe) -> list[str]:
             f"model.init.num_heads must be a multiple of model.init.num_kv_heads (got {init.num_heads} and "
             f"{init.num_kv_heads})"
         )
+    return problems
+
+
+def _lora(recipe: Recipe) -> list[str]:
+    lora, reset = recipe.model.lora, recipe.algorithm.kl.reset
+    if lora is None:
+        return []
+    problems = []
+    named = isinstance(lora.targets, list) and lora.targets and all(isinstance(name, str) for name in lora.targets)
+    if lora.targets != "all-linear" and not named:
+        problems.append(
+            f"model.lora.targets must be all-linear or a list of names of layers (got {lora.targets!r}): such as "
+            "[q_proj, v_proj]"
+        )
+    problems += [
+        f"algorithm.kl.reset.{name} must be 0 with model.lora (got {getattr(reset, name)}): the reference is the model "
+        "without its adapters, which cannot become a copy of the policy"
+        for name in RESET_TRIGGERS
+        if getattr(reset, name)
+    ]
+    if lora.quantize is not None:
+        if find_spec("bitsandbytes") is None:
+            problems.append("model.lora.quantize=nf4 needs the package bitsandbytes: install it, or set it to null")
+        if recipe.engine.zero_stage == 3:
+            problems.append(
+                "model.lora.quantize=nf4 needs engine.zero_stage <= 2 (got 3): 4-bit weights are not sharded"
+            )
     return problems
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from rlpost import advantages, lengths
 from rlpost.advantages import Moments
 from rlpost.algorithm_recipe import Algorithm
-from rlpost.batch import Document
+from rlpost.document import Document
 from rlpost.kl import kl
 from rlpost.plugins import bind
 from rlpost.types import Group

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlpost.engine import Trained
-from rlpost.policy import in_place, load_language_model, trained_positions, without_dropout
+from rlpost.policy import hidden_states, in_place, load_language_model, seen, trained_positions, without_dropout
 from rlpost.recipe import Model
 from rlpost.types import Micro
 
@@ -40,15 +40,15 @@ class ValueModel(nn.Module):
         self.model = without_dropout(model)
         self.head = ValueHead(model.config.get_text_config().hidden_size).to(model.dtype)
 
-    def forward(self, tokens_BT: Tensor, position_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, position_BT: Tensor, mask_BT: Tensor, *, seen_BTT: Tensor | None = None
+    ) -> Tensor:
         """Value `[B, T]`, float32; 0 where the mask is False.
 
         At position t it is that of the state before token t + 1 is written, so it stands where that token's log-prob
-        does. Documents of a row are kept apart by `position_BT`, as in `Policy.forward`.
+        does.
         """
-        hidden_BTD = self.model(
-            input_ids=tokens_BT, position_ids=position_BT, attention_mask=None, use_cache=False
-        ).last_hidden_state
+        hidden_BTD = hidden_states(self.model, tokens_BT, position_BT, seen_BTT)
         where_N = trained_positions(mask_BT)
         value_N = self.head(hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[where_N])
         return in_place(value_N, where_N, mask_BT)
@@ -62,7 +62,7 @@ class Critic(Trained):
 
     def values(self, micro: Micro) -> Tensor:
         """Value `[B, T]` of the state in which each of the micro-batch's targets is written."""
-        return self.deepspeed(micro.tokens_BT, micro.position_BT, micro.mask_BT)
+        return self.deepspeed(micro.tokens_BT, micro.position_BT, micro.mask_BT, seen_BTT=seen(micro))
 
 
 def load_value_model(folder: Path, recipe: Model) -> ValueModel:

@@ -12,13 +12,14 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from rlpost.adapter import adapters_off
 from rlpost.errors import RunError
-from rlpost.policy import Policy
+from rlpost.policy import Policy, seen
 from rlpost.recipe import EngineRecipe
 from rlpost.types import Micro
 from rlpost.weights import PREFIX, WeightStream
@@ -30,7 +31,7 @@ LARGEST_BUCKET = 500_000_000
 
 
 class Trained:
-    """A module in training: sharded weights, optimizer, learning-rate schedule."""
+    """A module in training: sharded weights, optimizer, learning-rate schedule. Frozen weights stay out of them."""
 
     tag: ClassVar[str]
     """Its folder in a checkpoint."""
@@ -47,8 +48,12 @@ class Trained:
         """Learning rate of the last optimizer step."""
         self._norm: float | None = None
         module.to(world.device)
+        trained = [param for param in module.parameters() if param.requires_grad]
+        self._all_trained = len(trained) == len(list(module.parameters()))
+        if not self._all_trained:
+            module.register_state_dict_post_hook(_keep_trained)
         optimizer = torch.optim.AdamW(
-            module.parameters(),
+            trained,
             lr=recipe.lr,
             betas=(recipe.betas[0], recipe.betas[1]),
             eps=recipe.eps,
@@ -63,7 +68,7 @@ class Trained:
             model=module,
             optimizer=optimizer,
             lr_scheduler=scheduler,
-            config=deepspeed_config(recipe, dtype, clip=not clips_itself, numel=numel_of(module)),
+            config=deepspeed_config(recipe, dtype, clip=not clips_itself, numel=numel_of(trained)),
             dist_init_required=False,
         )
 
@@ -93,8 +98,11 @@ class Trained:
                 value.zero_()  # in place: DeepSpeed keeps views of the moments
 
     def save(self, folder: Path) -> None:
-        """Write weights, optimizer and schedule; every rank calls it and writes its own shard."""
-        self.deepspeed.save_checkpoint(str(folder), tag=self.tag, client_state={"updates": self.updates})
+        """Write trained weights, optimizer and schedule; every rank calls it and writes its own shard."""
+        updates = {"updates": self.updates}
+        self.deepspeed.save_checkpoint(
+            str(folder), tag=self.tag, client_state=updates, exclude_frozen_parameters=not self._all_trained
+        )
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, with the same number of ranks."""
@@ -103,12 +111,21 @@ class Trained:
                 f"resume: {folder} must hold an engine checkpoint (it has no folder {self.tag}): choose another, or "
                 "start with resume=never"
             )
-        _, client_state = self.deepspeed.load_checkpoint(str(folder), tag=self.tag)
+        _, client_state = self.deepspeed.load_checkpoint(
+            str(folder), tag=self.tag, load_module_strict=self._all_trained
+        )
         self.updates = int(client_state["updates"])
 
     def _clip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         self._norm = float(torch.nn.utils.clip_grad_norm_(params, self.recipe.grad_clip or math.inf))
+
+
+def _keep_trained(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Take all but the trained weights out of a state dict; DeepSpeed leaves tied ones and what quantization needs."""
+    trained = {f"{prefix}{name}" for name, param in module.named_parameters() if param.requires_grad}
+    for name in state.keys() - trained:
+        del state[name]
 
 
 class Engine(Trained):
@@ -126,9 +143,48 @@ class Engine(Trained):
     def token_logp(self, micro: Micro, *, temperature: float | None = None) -> tuple[Tensor, Tensor]:
         """Log-prob and entropy `[B, T]` of the micro-batch's targets; None: at the sampling temperature."""
         temperature = temperature or self.temperature
-        return self.deepspeed(
-            micro.tokens_BT, micro.position_BT, micro.target_BT, micro.mask_BT, temperature=temperature
-        )
+        inputs = micro.tokens_BT, micro.position_BT, micro.target_BT, micro.mask_BT
+        return self.deepspeed(*inputs, temperature=temperature, seen_BTT=seen(micro))
+
+
+class Reference(Protocol):
+    """What the policy in training is compared with."""
+
+    def token_logp(self, micro: Micro) -> Tensor:
+        """Log-probs `[B, T]` of the micro-batch's targets."""
+
+    def follow(self, engine: Engine) -> None:
+        """Become a copy of the policy in training as it is now; every rank calls it."""
+
+    def save(self, folder: Path) -> None:
+        """Write what it has become."""
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+
+
+class WithoutAdapters:
+    """The reference of a policy with adapters: that policy while they are off. It takes no memory and has no state."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @torch.no_grad()
+    def token_logp(self, micro: Micro) -> Tensor:
+        """Log-probs `[B, T]` of the micro-batch's targets."""
+        with adapters_off(self.engine.deepspeed.module):
+            logp_BT, _ = self.engine.token_logp(micro)
+        return logp_BT
+
+    def follow(self, engine: Engine) -> None:
+        """Refused, as in `check`: the weights below the adapters do not move."""
+        raise RunError("algorithm.kl.reset must be off with model.lora: set its triggers to 0, or model.lora=null")
+
+    def save(self, folder: Path) -> None:
+        """Nothing: it is the model that the run began with."""
+
+    def load(self, folder: Path) -> None:
+        """Nothing."""
 
 
 class Frozen:
@@ -142,15 +198,14 @@ class Frozen:
         self.policy = policy
         self._forward: Any = policy
         if recipe.zero_stage == 3 and world.size > 1:
-            config = deepspeed_config(recipe, dtype, clip=False, numel=numel_of(policy))
+            config = deepspeed_config(recipe, dtype, clip=False, numel=numel_of(policy.parameters()))
             self._forward, *_ = _deepspeed().initialize(model=policy, config=config, dist_init_required=False)
 
     @torch.no_grad()
     def token_logp(self, micro: Micro) -> Tensor:
         """Log-probs `[B, T]` of the micro-batch's targets."""
-        logp_BT, _ = self._forward(
-            micro.tokens_BT, micro.position_BT, micro.target_BT, micro.mask_BT, temperature=self.temperature
-        )
+        inputs = micro.tokens_BT, micro.position_BT, micro.target_BT, micro.mask_BT
+        logp_BT, _ = self._forward(*inputs, temperature=self.temperature, seen_BTT=seen(micro))
         return logp_BT
 
     def follow(self, engine: Engine) -> None:
@@ -216,9 +271,9 @@ def lr_factor(recipe: EngineRecipe, step: int, total_steps: int) -> float:
     return 1 - done if recipe.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
-def numel_of(module: nn.Module) -> int:
-    """Numbers in a module's parameters."""
-    return sum(param.numel() for param in module.parameters())
+def numel_of(params: Iterable[nn.Parameter]) -> int:
+    """Numbers in some parameters."""
+    return sum(param.numel() for param in params)
 
 
 def deepspeed_config(recipe: EngineRecipe, dtype: str, *, clip: bool, numel: int = LARGEST_BUCKET) -> dict[str, Any]:
@@ -259,7 +314,7 @@ def _deepspeed() -> Any:
 
 
 def checkpoint_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The whole weights of the policy in a checkpoint, whatever ZeRO stage and number of ranks wrote it."""
+    """The whole trained weights of the policy in a checkpoint, whatever ZeRO stage and number of ranks wrote it."""
     _deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

@@ -57,6 +57,23 @@ def context_length(model: Model, folder: Path) -> int:
     return int(model.context or made_for)
 
 
+def hidden_size(folder: Path) -> int:
+    """Width of a model folder's hidden states."""
+    return int(_text_config(folder)["hidden_size"])
+
+
+def looks_at_everything(folder: Path) -> bool:
+    """Whether every layer's attention reaches back to the start: no sliding window, which a mask would undo."""
+    config = _text_config(folder)
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    return window is None and not set(config.get("layer_types") or ()) - {"full_attention"}
+
+
+def _text_config(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text())
+    return dict(config.get("text_config", config))
+
+
 def cached_folder(run_dir: Path, kind: str, asked: dict) -> Path:
     """Where a model made from `asked` is kept: the name holds a digest of everything that shaped it."""
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]

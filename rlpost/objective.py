@@ -17,7 +17,7 @@ from torch import Tensor
 from rlpost import entropy, losses, mismatch
 from rlpost.algorithm_recipe import Algorithm
 from rlpost.algorithms import GIVEN_TO_LOSSES, LOSSES
-from rlpost.batch import Document
+from rlpost.document import Document
 from rlpost.kl import adapted_coef, corrected_k3, kl
 from rlpost.masked import blank
 from rlpost.plugins import bind, resolve

@@ -2,8 +2,6 @@
 
 Logits are made for the trained tokens only, `logp_chunk` of them at a time (`head.py`), so memory grows with
 `logp_chunk * V` and not with the batch.
-
-A LoRA adapter would wrap `model` in `load_policy`, before `Policy` is made; nothing else in this file would change.
 """
 
 from __future__ import annotations
@@ -15,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlpost.adapter import add_adapters, quantization
 from rlpost.errors import RunError
 from rlpost.head import Head, token_logp
 from rlpost.recipe import Model
+from rlpost.types import Micro
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -54,21 +54,55 @@ class Policy(nn.Module):
         self.head = TokenLogp(model.get_output_embeddings(), model.config, chunk=logp_chunk, entropy_grad=entropy_grad)
 
     def forward(
-        self, tokens_BT: Tensor, position_BT: Tensor, target_BT: Tensor, mask_BT: Tensor, *, temperature: float
+        self,
+        tokens_BT: Tensor,
+        position_BT: Tensor,
+        target_BT: Tensor,
+        mask_BT: Tensor,
+        *,
+        temperature: float,
+        seen_BTT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Log-prob and entropy `[B, T]` of each target at the given temperature; 0 where the mask is False.
-
-        Documents of a row are kept apart by `position_BT`, which restarts with each of them (transformers builds the
-        block-diagonal causal mask, or flash attention's variable-length call, from it).
-        """
-        hidden_BTD = self.model.base_model(
-            input_ids=tokens_BT, position_ids=position_BT, attention_mask=None, use_cache=False
-        ).last_hidden_state
+        """Log-prob and entropy `[B, T]` of each target at the given temperature; 0 where the mask is False."""
+        hidden_BTD = hidden_states(self.model.base_model, tokens_BT, position_BT, seen_BTT)
         where_N = trained_positions(mask_BT)
         logp_N, entropy_N = self.head(
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[where_N], target_BT.reshape(-1)[where_N], temperature
         )
         return in_place(logp_N, where_N, mask_BT), in_place(entropy_N, where_N, mask_BT)
+
+
+def hidden_states(transformer: Any, tokens_BT: Tensor, position_BT: Tensor, seen_BTT: Tensor | None) -> Tensor:
+    """The last hidden states `[B, T, D]` of packed rows.
+
+    Without `seen_BTT` documents are kept apart by `position_BT`, which restarts with each of them (transformers builds
+    the block-diagonal causal mask, or flash attention's variable-length call, from it).
+    """
+    mask = None
+    if seen_BTT is not None:
+        dtype = transformer.dtype
+        hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=seen_BTT.device)
+        mask = torch.where(seen_BTT, torch.zeros_like(hidden), hidden)[:, None]
+    inputs = {"input_ids": tokens_BT, "position_ids": position_BT, "attention_mask": mask}
+    return transformer(**inputs, use_cache=False).last_hidden_state
+
+
+def seen(micro: Micro) -> Tensor | None:
+    """Which positions each one may look at `[B, T, T]`, True where it may; None where positions alone say it.
+
+    Its own document, and the prompt that it shares with others, as far as they stand before it.
+    """
+    if not micro.shares_prompts:
+        return None
+    document_BT, prefix_BT = micro.document_BT, micro.prefix_BT
+    length = document_BT.shape[1]
+    before_TT = torch.ones(length, length, dtype=torch.bool, device=document_BT.device).tril()
+    own_BTT = document_BT[:, :, None] == document_BT[:, None, :]
+    in_prompt_BT = (document_BT < 0) & (prefix_BT >= 0)
+    prompt_BTT = (prefix_BT[:, :, None] == prefix_BT[:, None, :]) & in_prompt_BT[:, None, :]
+    # What belongs to no document looks at itself: a softmax over nothing is NaN.
+    itself_TT = torch.eye(length, dtype=torch.bool, device=document_BT.device)
+    return (before_TT & ((own_BTT & (document_BT >= 0)[:, :, None]) | prompt_BTT)) | itself_TT
 
 
 def trained_positions(mask_BT: Tensor) -> Tensor:
@@ -86,23 +120,23 @@ def in_place(x_N: Tensor, where_N: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def without_dropout(model: Any) -> Any:
-    """The model itself, with every dropout off."""
+    """The model itself, with every dropout of its own off."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
 
 
-def load_policy(folder: Path, recipe: Model, *, entropy_grad: bool = False) -> Policy:
+def load_policy(folder: Path, recipe: Model, *, entropy_grad: bool = False, seed: int = 0) -> Policy:
     """The policy with the weights of a Hugging Face folder; `entropy_grad`: its entropy can be trained."""
-    model = load_language_model(folder, recipe)
+    model = load_language_model(folder, recipe, seed=seed)
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise RunError(f"model.path must be a causal language model with a linear head (got {type(model).__name__})")
     return Policy(model, logp_chunk=recipe.logp_chunk, entropy_grad=entropy_grad)
 
 
-def load_language_model(folder: Path, recipe: Model) -> Any:
-    """The causal language model of a Hugging Face folder, ready to be trained on packed rows."""
+def load_language_model(folder: Path, recipe: Model, *, seed: int = 0) -> Any:
+    """The causal language model of a Hugging Face folder, ready to be trained on packed rows; `seed`: of adapters."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -110,8 +144,11 @@ def load_language_model(folder: Path, recipe: Model) -> Any:
         dtype=DTYPES[recipe.dtype],
         attn_implementation=_attention(recipe),
         attention_dropout=0.0,
+        quantization_config=quantization(recipe.lora, DTYPES[recipe.dtype]),
         trust_remote_code=recipe.trust_remote_code,
     )
+    if recipe.lora is not None:
+        model = add_adapters(model, recipe.lora, seed=seed)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()

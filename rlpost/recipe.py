@@ -44,6 +44,20 @@ class InitModel:
 
 
 @dataclass
+class Lora:
+    """Low-rank adapters in place of full training: W + (alpha / rank) B A, and only A and B learn. arXiv:2106.09685."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    """On the adapters' input, where a gradient is taken; above 0 the first ratio of a batch is not 1."""
+    targets: Any = "all-linear"
+    """`all-linear`: every linear layer but the head; or a list of the layers' names, such as `[q_proj, v_proj]`."""
+    quantize: Literal["nf4"] | None = None
+    """nf4: frozen weights in 4 bits, through bitsandbytes (QLoRA, arXiv:2305.14314)."""
+
+
+@dataclass
 class Model:
     """Where the policy's weights come from: `path`, or `init` for a new small one."""
 
@@ -59,6 +73,8 @@ class Model:
     logp_chunk: int = 1024
     """Tokens whose logits are alive at once."""
     trust_remote_code: bool = False
+    lora: Lora | None = None
+    """None: all weights are trained, also by `sft`."""
 
 
 @dataclass
@@ -178,6 +194,8 @@ class BatchRecipe:
     row_tokens: int | None = None
     """Positions of one row, in which several documents are packed; None: `micro_tokens` with flash attention, else 512
     or the longest document. Plain attention pays for a row's length squared."""
+    share_prompts: bool = True
+    """Keep one copy of a prompt in a row for all its answers there, where that costs less; not with flash attention."""
 
 
 @dataclass

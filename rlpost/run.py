@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from rlpost.batch import Packer, make_packer
 from rlpost.checkpoint import Checkpoints, Saves, open_run
 from rlpost.critic import Critic, load_value_model
-from rlpost.engine import Engine, Frozen
+from rlpost.engine import Engine, Frozen, Reference, WithoutAdapters
 from rlpost.errors import RunError
 from rlpost.evaluate import Evaluator
 from rlpost.generate.base import Canary, Generator, canary_tokens
 from rlpost.metrics import Clock, Metrics
 from rlpost.model_source import context_length, model_folder
 from rlpost.objective import Objective
+from rlpost.packing import Packer, make_packer
 from rlpost.plugins import bind
 from rlpost.policy import load_policy
 from rlpost.recipe import Recipe
@@ -51,7 +51,7 @@ class Run:
     rewards: list[BoundReward]
     packer: Packer
     engine: Engine
-    reference: Frozen | None
+    reference: Reference | None
     critic: Critic | None
     objective: Objective
     evaluator: Evaluator | None
@@ -115,7 +115,7 @@ def build(recipe: Recipe, world: World) -> Run:
             generator=make_generator(recipe, model, renderer, train_tasks[0], world),
             sampling=sampling,
             rewards=rewards,
-            packer=make_packer(recipe, world),
+            packer=make_packer(recipe, world, model),
             engine=engine,
             reference=reference,
             critic=critic,
@@ -200,7 +200,7 @@ def make_evaluator(
     return Evaluator(tasks, asked, renderer, rewards, sampling, recipe.seed, world, recipe.algorithm.interruption)
 
 
-def make_engines(recipe: Recipe, model: Path, world: World) -> tuple[Engine, Frozen | None, Critic | None]:
+def make_engines(recipe: Recipe, model: Path, world: World) -> tuple[Engine, Reference | None, Critic | None]:
     """The engine that trains, and the frozen reference and the critic where the objective asks for them."""
     algorithm, engine = recipe.algorithm, recipe.engine
     shared: dict[str, Any] = {"dtype": recipe.model.dtype, "world": world}
@@ -209,9 +209,13 @@ def make_engines(recipe: Recipe, model: Path, world: World) -> tuple[Engine, Fro
     a_step = algorithm.minibatches * algorithm.epochs
     by_temperature = shared | {"temperature": recipe.sampling.temperature}
     has_bonus = algorithm.entropy.coef > 0 or algorithm.entropy.target is not None
-    policy = load_policy(model, recipe.model, entropy_grad=has_bonus)
+    policy = load_policy(model, recipe.model, entropy_grad=has_bonus, seed=recipe.seed)
     trained = Engine(policy, engine, total_updates=(recipe.steps - alone) * a_step, **by_temperature)
-    reference = Frozen(load_policy(model, recipe.model), engine, **by_temperature) if algorithm.kl.coef else None
+    reference: Reference | None = None
+    if algorithm.kl.coef and recipe.model.lora is not None:
+        reference = WithoutAdapters(trained)
+    elif algorithm.kl.coef:
+        reference = Frozen(load_policy(model, recipe.model), engine, **by_temperature)
     if not with_critic:
         return trained, reference, None
     own = replace(engine, lr=algorithm.critic.lr or engine.lr)

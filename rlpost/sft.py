@@ -17,14 +17,23 @@ from typing import Any
 
 from torch import Tensor
 
-from rlpost.batch import Document, make_batch, make_packer
+from rlpost.batch import make_batch
 from rlpost.checkpoint import Checkpoints
+from rlpost.document import Document
 from rlpost.engine import Engine
 from rlpost.errors import RunError
 from rlpost.export import export_policy
 from rlpost.losses import nll, weighted_sum
 from rlpost.metrics import Metrics
-from rlpost.model_source import cached_folder, context_length, is_ready, make_folder, mark_ready, model_folder
+from rlpost.model_source import (
+    cached_folder,
+    context_length,
+    is_ready,
+    make_folder,
+    mark_ready,
+    model_folder,
+)
+from rlpost.packing import make_packer
 from rlpost.policy import load_policy
 from rlpost.progress import Progress
 from rlpost.recipe import EngineRecipe, Recipe, Sft
@@ -64,7 +73,7 @@ def sft(recipe: Recipe, section: Sft, start: Path, folder: Path, world: World) -
         total_updates=section.steps,
         world=world,
     )
-    packer, metrics = make_packer(recipe, world), Metrics(world)
+    packer, metrics = make_packer(recipe, world, start), Metrics(world)
     checkpoints = Checkpoints(folder, world, keep=recipe.keep_checkpoints)
     newest = checkpoints.newest()
     first = int(checkpoints.load(newest, engine)["step"]) if newest is not None else 0

@@ -10,8 +10,9 @@ from pathlib import Path
 from torch import Tensor
 
 from rlpost import figures
-from rlpost.batch import Document, documents_of, in_parts, make_batch, with_scores
+from rlpost.batch import documents_of, in_parts, make_batch, with_scores
 from rlpost.credit import credit
+from rlpost.document import Document
 from rlpost.errors import RunError, SharedError
 from rlpost.progress import Progress
 from rlpost.recipe import Recipe

@@ -176,7 +176,8 @@ class Micro:
     Position t predicts the token at t + 1, so every `_BT` tensor below `position_BT` speaks of the token that follows.
 
     >>> import torch
-    >>> from rlpost.batch import Document, Packer
+    >>> from rlpost.document import Document
+    >>> from rlpost.packing import Packer
     >>> packer = Packer(micro_tokens=8, row_tokens=8, device=torch.device("cpu"))
     >>> [micro] = packer.micros([Document(prompt_ids=(5, 6), token_ids=(7, 1), behavior_logp=(-0.1, -0.2))])
     >>> micro.mask_BT.tolist()                       # prompt 5 6, answer 7 1: two trained tokens
@@ -200,6 +201,10 @@ class Micro:
     """The same for imitation of correct answers; 0 outside of them."""
     version_BT: Tensor
     """The policy version that wrote the target."""
+    prefix_BT: Tensor
+    """Which shared prompt a position belongs to or may look back to; -1 where there is none."""
+    shares_prompts: bool
+    """Whether any documents share a prompt: attention then follows `prefix_BT` and `document_BT`, not positions."""
     scores: Mapping[str, Tensor]
     """What earlier forward passes said of each trained token `[B, T]`: `prox_logp`, `ref_logp`, `value`, ..."""
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rlpost.batch import Packer
+from rlpost.packing import Packer
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,17 +7,9 @@ import torch
 from threads import World
 from tiny import CPU, gradients, logp_and_entropy, ragged, tiny_policy
 
-from rlpost.batch import (
-    DENSE_ROW_TOKENS,
-    Document,
-    Packer,
-    document,
-    documents_of,
-    in_parts,
-    make_batch,
-    make_packer,
-    pack,
-)
+from rlpost.batch import document, documents_of, in_parts, make_batch
+from rlpost.document import Document
+from rlpost.packing import DENSE_ROW_TOKENS, Packer, pack, row_tokens_of
 from rlpost.recipe import BatchRecipe, Model, Recipe
 from rlpost.types import Group, Rollout, Task
 
@@ -269,9 +261,9 @@ def test_t37_the_loss_conditions_on_the_prompt_without_the_hint():
 
 def test_rows_are_short_without_flash_attention_unless_the_recipe_says_otherwise():
     recipe = Recipe(model=Model(attention="sdpa"))
-    assert make_packer(recipe, World()).row_tokens == DENSE_ROW_TOKENS
+    assert row_tokens_of(recipe) == DENSE_ROW_TOKENS
     recipe.batch = BatchRecipe(micro_tokens=100)
-    assert make_packer(recipe, World()).row_tokens == 100
+    assert row_tokens_of(recipe) == 100
     recipe.batch = BatchRecipe(row_tokens=64)
-    assert make_packer(recipe, World()).row_tokens == 64
-    assert make_packer(Recipe(model=Model(attention="flash_attention_2")), World()).row_tokens == 8192
+    assert row_tokens_of(recipe) == 64
+    assert row_tokens_of(Recipe(model=Model(attention="flash_attention_2"))) == 8192

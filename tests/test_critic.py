@@ -8,12 +8,14 @@ import torch
 from exact import exact_llama
 from tiny import CPU, gradients, ragged, tiny_llama, tiny_policy
 
-from rlpost.batch import Document, Packer, make_batch
+from rlpost.batch import make_batch
 from rlpost.critic import Critic, ValueModel, load_value_model
+from rlpost.document import Document
 from rlpost.engine import Engine, checkpoint_weights
 from rlpost.errors import RunError
 from rlpost.losses import value_clip, weighted_sum
 from rlpost.metrics import Metrics
+from rlpost.packing import Packer
 from rlpost.policy import load_policy
 from rlpost.recipe import EngineRecipe, Model
 from rlpost.update import update

@@ -8,12 +8,13 @@ from ranks import run_ranks
 from splits import Parts
 from tiny import CPU, logp_and_entropy, ragged, tiny_policy
 
-from rlpost.batch import Packer, make_batch
+from rlpost.batch import make_batch
 from rlpost.collect import shard
 from rlpost.engine import Engine, Frozen, checkpoint_weights, deepspeed_config, lr_factor
 from rlpost.errors import RunError
 from rlpost.losses import ppo_clip, weighted_sum
 from rlpost.metrics import Metrics
+from rlpost.packing import Packer
 from rlpost.recipe import EngineRecipe
 from rlpost.update import update
 from rlpost.weights import WeightStream

@@ -9,13 +9,14 @@ import torch
 from ranks import run_ranks
 from tiny import CPU, VOCAB, tiny_policy, tiny_tokenizer, write_folder
 
-from rlpost.batch import Packer, document, make_batch
+from rlpost.batch import document, make_batch
 from rlpost.engine import Engine
 from rlpost.errors import RunError
 from rlpost.generate.base import Canary, SyncReport, canary_tokens
 from rlpost.generate.hf import HfGenerator, processed_logp
 from rlpost.losses import ppo_clip, weighted_sum
 from rlpost.metrics import Metrics
+from rlpost.packing import Packer
 from rlpost.policy import load_policy
 from rlpost.recipe import EngineRecipe, GeneratorRecipe, Model, Prompting, Recipe
 from rlpost.render import Renderer

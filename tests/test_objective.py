@@ -9,8 +9,10 @@ from tiny import CPU
 
 from rlpost.algorithm_recipe import Algorithm, CriticRecipe, Entropy, Kl, KlReset, Mismatch
 from rlpost.algorithms import CORRECTIONS, LOSSES, with_parameters
-from rlpost.batch import Document, Packer, make_batch
+from rlpost.batch import make_batch
+from rlpost.document import Document
 from rlpost.objective import Objective, bind_loss
+from rlpost.packing import Packer
 
 nan, inf = math.nan, math.inf
 

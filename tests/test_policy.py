@@ -6,8 +6,8 @@ import torch
 from exact import exact_llama
 from tiny import CPU, gradients, logp_and_entropy, ragged, tiny_llama, tiny_policy
 
-from rlpost.batch import Packer
 from rlpost.losses import ppo_clip, weighted_sum
+from rlpost.packing import Packer
 from rlpost.policy import Policy, load_policy, uses_flash_attention
 from rlpost.recipe import Model
 

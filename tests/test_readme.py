@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from rlpost import algorithms, losses
-from rlpost.batch import Document, Packer
 from rlpost.check import load_and_check
+from rlpost.document import Document
 from rlpost.metrics import metric_info
 from rlpost.objective import bind_loss
+from rlpost.packing import Packer
 from rlpost.recipe import read
 from rlpost.types import Micro, Outcome, Task
 

@@ -320,7 +320,7 @@ def test_check_finds_each_problem(write, tmp_path, overrides, message):
 
 
 def test_bounds_speak_of_fields_that_exist(write):
-    recipe = load(write(), ["model.init.num_kv_heads=2", *SFT])
+    recipe = load(write(), ["model.init.num_kv_heads=2", "model.lora.rank=16", *SFT])
     for _, _, keys in _BOUNDS:
         for key in keys.split():
             attrgetter(key)(recipe)

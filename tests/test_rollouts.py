@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from rlpost.algorithm_recipe import Algorithm, Groups
-from rlpost.batch import Packer, documents_of, make_batch
+from rlpost.batch import documents_of, make_batch
 from rlpost.errors import SharedError
 from rlpost.metrics import Clock, Metrics
+from rlpost.packing import Packer
 from rlpost.recipe import Recipe, SamplingRecipe
 from rlpost.rollouts import gather, next_wave
 from rlpost.score import bind_rewards

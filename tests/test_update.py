@@ -4,9 +4,10 @@ import pytest
 import torch
 from tiny import CPU, ragged
 
-from rlpost.batch import Packer, make_batch
+from rlpost.batch import make_batch
 from rlpost.losses import weighted_sum
 from rlpost.metrics import Metrics
+from rlpost.packing import Packer
 from rlpost.types import Batch
 from rlpost.update import update
 

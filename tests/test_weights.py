@@ -1,10 +1,13 @@
 import pytest
 import torch
 from ranks import run_ranks
-from tiny import tiny_policy
+from tiny import tiny_llama, tiny_policy
 
+from rlpost.adapter import add_adapters
 from rlpost.engine import Engine
-from rlpost.recipe import EngineRecipe
+from rlpost.export import write_adapter
+from rlpost.policy import Policy
+from rlpost.recipe import EngineRecipe, Lora
 from rlpost.weights import WeightStream
 
 
@@ -33,9 +36,10 @@ def test_stream_says_whether_it_was_read_to_the_end():
 def test_buckets_hold_every_weight_in_order_and_stay_within_their_size(bucket_bytes):
     policy = tiny_policy()
     buckets = list(WeightStream(policy, bucket_bytes=bucket_bytes)._buckets())
-    assert [name for bucket in buckets for name, _ in bucket] == [name for name, _ in policy.model.named_parameters()]
+    names = [part.name for bucket in buckets for part in bucket]
+    assert names == [name for name, _ in policy.model.named_parameters()]
     for bucket in buckets:
-        assert len(bucket) == 1 or sum(4 * param.numel() for _, param in bucket) <= bucket_bytes
+        assert len(bucket) == 1 or sum(4 * part.param.numel() for part in bucket) <= bucket_bytes
 
 
 def test_what_is_streamed_needs_no_gradient():
@@ -66,3 +70,60 @@ def test_stream_gathers_whole_weights_from_two_zero3_shards():
     for result in run_ranks(streamed, stage=3):
         assert result["same"] == [True] * 6
         assert result["held"] == 0  # between gathers a rank holds no whole parameter
+
+
+# Adapters.
+
+
+def tiny_gpt2():
+    """It keeps the weights of its linear layers transposed."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 29, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2, bos_token_id=None, eos_token_id=1))
+
+
+def adapted(model, dtype=torch.float32):
+    """A policy with adapters that add something to every linear layer."""
+    for param in model.parameters():
+        param.data = param.data.to(dtype)
+    add_adapters(model, Lora(rank=3, alpha=5), seed=0)
+    dice = torch.Generator().manual_seed(1)
+    for name, param in model.named_parameters():
+        if ".lora_B." in name:
+            param.data = (0.1 * torch.randn(param.shape, generator=dice)).to(dtype)
+    return Policy(model, logp_chunk=64)
+
+
+MODELS = {"tied": tiny_llama, "untied": lambda: tiny_llama(tie=False), "gpt2": tiny_gpt2}
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 5000, 1 << 20])
+@pytest.mark.parametrize("make", MODELS)
+def test_stream_of_a_policy_with_adapters_is_what_peft_merges(tmp_path, make, bucket_bytes):
+    from peft import PeftModel
+
+    base, policy = MODELS[make](), adapted(MODELS[make]())
+    before = {name: param.detach().clone() for name, param in policy.named_parameters()}
+    found = list(WeightStream(policy, bucket_bytes=bucket_bytes))
+    assert [name for name, _ in found] == [name for name, _ in base.named_parameters()]
+    assert all(torch.equal(param, before[name]) for name, param in policy.named_parameters())
+    assert not any(tensor.requires_grad for _, tensor in found)
+    write_adapter(policy, tmp_path, base=tmp_path / "base")
+    unchanged = {name: param.clone() for name, param in base.named_parameters()}
+    merged = PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
+    torch.testing.assert_close(dict(found), dict(merged.named_parameters()), rtol=0, atol=1e-7)
+    moved = {name for name, tensor in found if float((tensor - unchanged[name]).detach().abs().max()) > 0.01}
+    assert len(moved) == {"gpt2": 2 * 4}.get(make, 2 * 7)
+
+
+def test_stream_of_bfloat16_adapters_is_rounded_once():
+    policy = adapted(tiny_llama(), torch.bfloat16)
+    found = dict(WeightStream(policy, bucket_bytes=5000))
+    layer = policy.model.model.layers[1].mlp.up_proj
+    a, b = (pair["default"].weight.double() for pair in (layer.lora_A, layer.lora_B))
+    exact = layer.base_layer.weight.double() + b @ a * (5 / 3)
+    gap = (found["model.layers.1.mlp.up_proj.weight"].double() - exact).abs()
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert bool((gap <= exact.abs() * 2**-8).all()) and not torch.equal(exact.bfloat16(), layer.base_layer.weight)

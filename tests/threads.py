@@ -14,6 +14,10 @@ class World:
     def __init__(self, rank=0, items=None, barrier=None):
         self.rank, self.items, self.barrier = rank, items or [None], barrier or threading.Barrier(1)
 
+    @property
+    def size(self):
+        return len(self.items)
+
     def all_gather_object(self, item):
         self.items[self.rank] = item
         self.barrier.wait()

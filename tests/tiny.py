@@ -4,8 +4,8 @@ import random
 
 import torch
 
-from rlpost.batch import Document
-from rlpost.policy import Policy
+from rlpost.document import Document
+from rlpost.policy import Policy, seen
 
 VOCAB = 29
 CPU = torch.device("cpu")
@@ -57,7 +57,8 @@ def ragged(count=12, *, seed=0, vocab=VOCAB):
 
 
 def logp_and_entropy(policy, micro, temperature=1.0):
-    return policy(micro.tokens_BT, micro.position_BT, micro.target_BT, micro.mask_BT, temperature=temperature)
+    inputs = micro.tokens_BT, micro.position_BT, micro.target_BT, micro.mask_BT
+    return policy(*inputs, temperature=temperature, seen_BTT=seen(micro))
 
 
 def gradients(module):

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from rlpost.batch import Document, Packer
+from rlpost.document import Document
 from rlpost.errors import RunError
+from rlpost.packing import Packer
 from rlpost.types import Micro, Request, Rollout, Sampling
 
 if TYPE_CHECKING:

@@ -1,0 +1,228 @@
+"""Documents -> rows without padding between them; rows of similar length share a micro-batch.
+
+The positions left over at a row's end form one more document that nothing is trained on. Documents with one prompt can
+stand behind a single copy of it, where that costs less: attention then follows a mask instead of positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlpost.balance import cost
+from rlpost.document import Document, block_length, places, span, values_of
+from rlpost.recipe import Recipe
+from rlpost.types import Micro
+from rlpost.world import World
+
+DENSE_ROW_TOKENS = 512
+"""Row length where attention pays for its square: long enough to amortise, short enough not to waste."""
+
+Block = tuple[int, ...]
+"""Indices of documents: one, or several that share their prompt."""
+Layout = list[list[list[Block]]]
+"""Micro-batches of rows of blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packer:
+    """How many positions a row and a micro-batch may have, and where the tensors go."""
+
+    micro_tokens: int
+    row_tokens: int
+    device: torch.device
+    hidden_size: int = 1024
+    """Width of the model: it says from what length on attention is what a row costs."""
+    share_prompts: bool = False
+    """Whether documents may leave their prompt to one copy for several; attention must take a mask."""
+
+    def layout(self, documents: Sequence[Document]) -> Layout:
+        """Where each document goes; prompts are shared where that costs less."""
+        alone = self._layout(documents, [(i,) for i in range(len(documents))])
+        if not self.share_prompts:
+            return alone
+        together = self._layout(documents, shared_blocks(documents, self.row_tokens))
+        return min(alone, together, key=lambda layout: self._cost(documents, layout))
+
+    def micros(self, documents: Sequence[Document]) -> list[Micro]:
+        """This rank's documents as micro-batches of packed rows, longest rows first."""
+        return [self.micro_of_blocks(with_documents(rows, documents)) for rows in self.layout(documents)]
+
+    def micro(self, rows: Sequence[Sequence[Document]], width: int = 0) -> Micro:
+        """The tensors of some rows, as wide as the longest, or as `width`; every document with its own prompt."""
+        return self.micro_of_blocks([[[document] for document in row] for row in rows], width)
+
+    def micro_of_blocks(self, rows: Sequence[Sequence[Sequence[Document]]], width: int = 0) -> Micro:
+        """The tensors of some rows of blocks; the documents of a block of several share one copy of their prompt."""
+        width = max(width, *(sum(map(block_length, row)) for row in rows))
+        scores = sorted({name for row in rows for block in row for document in block for name in document.scores})
+        page = _Page((len(rows), width), ("behavior_logp", "advantage", "weight", "imitation_weight", *scores))
+        for b, row in enumerate(rows):
+            start = 0
+            for block in row:
+                page.write(b, start, block)
+                start += block_length(block)
+            page.position_BT[b, start:] = torch.arange(width - start)
+        return page.micro(self.device, scores)
+
+    def empty(self, scores: Sequence[str] = ()) -> Micro:
+        """A micro-batch that trains nothing: it keeps a rank in step with one that has more work."""
+        nothing = {name: torch.zeros(0) for name in scores}
+        return self.micro([[Document((0,), (), (), scores=nothing)]], 2)
+
+    def _layout(self, documents: Sequence[Document], blocks: Sequence[Block]) -> Layout:
+        lengths = [block_length([documents[i] for i in block]) for block in blocks]
+        rows = pack(lengths, max(self.row_tokens, *lengths, 0)) if lengths else []
+        rows.sort(key=lambda row: -sum(lengths[i] for i in row))
+        micros, start = [], 0
+        while start < len(rows):
+            stop = start + max(1, self.micro_tokens // sum(lengths[i] for i in rows[start]))
+            micros.append([[blocks[i] for i in row] for row in rows[start:stop]])
+            start = stop
+        return micros
+
+    def _cost(self, documents: Sequence[Document], layout: Layout) -> float:
+        """Work of the forward passes: every row of a micro-batch is as wide as its first, and attention is dense."""
+        placed = [with_documents(rows, documents) for rows in layout]
+        widths = [sum(map(block_length, rows[0])) for rows in placed]
+        return sum(len(rows) * cost(2 * width, self.hidden_size) for rows, width in zip(placed, widths, strict=True))
+
+
+class _Page:
+    """The tensors of a micro-batch while documents are written into them."""
+
+    def __init__(self, shape: tuple[int, int], names: Sequence[str]) -> None:
+        self.tokens_BT, self.position_BT, self.target_BT, self.version_BT = torch.zeros(4, *shape, dtype=torch.long)
+        self.document_BT, self.prefix_BT = torch.full((2, *shape), -1)
+        self.mask_BT = torch.zeros(shape, dtype=torch.bool)
+        self.trained: dict[str, Tensor] = {name: torch.zeros(shape) for name in names}
+        self.num_documents = 0
+        self.num_prefixes = 0
+
+    def write(self, b: int, start: int, block: Sequence[Document]) -> None:
+        """Write a block into row `b`, from position `start` on."""
+        end = start + block_length(block)
+        if len(block) > 1:
+            prefix = torch.tensor(block[0].prompt_ids[:-1], dtype=torch.long)
+            self.tokens_BT[b, start : start + len(prefix)] = prefix
+            self.position_BT[b, start : start + len(prefix)] = torch.arange(len(prefix))
+            self.prefix_BT[b, start:end] = self.num_prefixes
+            self.num_prefixes += 1
+        for document, begin, own in places(block, start):
+            self._write_document(b, document, begin, own)
+
+    def _write_document(self, b: int, document: Document, begin: int, own: int) -> None:
+        ids = torch.tensor(document.prompt_ids + document.token_ids, dtype=torch.long)
+        end, skipped = begin + len(ids), own - begin
+        self.tokens_BT[b, own:end] = ids[skipped:]
+        self.position_BT[b, own:end] = torch.arange(skipped, len(ids))
+        self.target_BT[b, own : end - 1] = ids[skipped + 1 :]
+        self.version_BT[b, own:end] = document.version
+        self.document_BT[b, own:end] = self.num_documents
+        self.num_documents += 1
+        place, tokens = span(document, begin)
+        kept = torch.tensor(document.trained[tokens], dtype=torch.bool)
+        self.mask_BT[b, place] = kept
+        for name, x_BT in self.trained.items():
+            values = values_of(document, name)[tokens]
+            x_BT[b, place] = torch.where(kept, values, torch.zeros_like(values))
+
+    def micro(self, device: torch.device, scores: Sequence[str]) -> Micro:
+        """What was written, on the device."""
+
+        def there(x_BT: Tensor) -> Tensor:
+            return x_BT.to(device, non_blocking=True)
+
+        return Micro(
+            tokens_BT=there(self.tokens_BT),
+            position_BT=there(self.position_BT),
+            target_BT=there(self.target_BT),
+            mask_BT=there(self.mask_BT),
+            behavior_logp_BT=there(self.trained["behavior_logp"]),
+            adv_BT=there(self.trained["advantage"]),
+            document_BT=there(self.document_BT),
+            weight_BT=there(self.trained["weight"]),
+            imitation_weight_BT=there(self.trained["imitation_weight"]),
+            version_BT=there(self.version_BT),
+            prefix_BT=there(self.prefix_BT),
+            shares_prompts=self.num_prefixes > 0,
+            scores={name: there(self.trained[name]) for name in scores},
+        )
+
+
+def with_documents(rows: Sequence[Sequence[Block]], documents: Sequence[Document]) -> list[list[list[Document]]]:
+    """Rows of blocks of documents, from those of their indices."""
+    return [[[documents[i] for i in block] for block in row] for row in rows]
+
+
+def shared_blocks(documents: Sequence[Document], capacity: int) -> list[Block]:
+    """Documents with equal prompts together, as many in a block as fit into `capacity`.
+
+    >>> one, other = (Document(prompt, (1,), (0.0,)) for prompt in ((5, 6, 7), (8, 9)))
+    >>> shared_blocks([one, other, one, one], capacity=7)      # 5 6 | 7 1 | 7 1, and one more would not fit
+    [(0, 2), (3,), (1,)]
+    """
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i, document in enumerate(documents):
+        by_prompt.setdefault(document.prompt_ids, []).append(i)
+    blocks: list[Block] = []
+    for prompt_ids, members in by_prompt.items():
+        block: Block = ()
+        for i in members:
+            fits = block_length([documents[j] for j in (*block, i)]) <= capacity
+            if block and not (fits and prompt_ids):
+                blocks.append(block)
+                block = ()
+            block = (*block, i)
+        blocks.append(block)
+    return blocks
+
+
+def make_packer(recipe: Recipe, world: World, model: Path) -> Packer:
+    """The packer of a recipe and its model's folder."""
+    from rlpost.model_source import hidden_size, looks_at_everything
+    from rlpost.policy import uses_flash_attention
+
+    # Flash attention takes positions and no mask.
+    masked = not uses_flash_attention(recipe.model) and looks_at_everything(model)
+    return Packer(
+        recipe.batch.micro_tokens,
+        row_tokens_of(recipe),
+        world.device,
+        hidden_size=hidden_size(model),
+        share_prompts=recipe.batch.share_prompts and masked,
+    )
+
+
+def row_tokens_of(recipe: Recipe) -> int:
+    """Positions of a row: a whole micro-batch with flash attention, short ones without."""
+    from rlpost.policy import uses_flash_attention
+
+    row_tokens = recipe.batch.row_tokens
+    if row_tokens is None:
+        # Flash attention's variable-length call takes one row; a batch of rows would be padded again.
+        row_tokens = recipe.batch.micro_tokens if uses_flash_attention(recipe.model) else DENSE_ROW_TOKENS
+    return min(row_tokens, recipe.batch.micro_tokens)
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """First-fit decreasing: indices of the documents of each row, no row longer than `capacity`.
+
+    >>> pack([3, 5, 4, 2], capacity=7)
+    [[1, 3], [2, 0]]
+    """
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        at = next((r for r, room in enumerate(free) if room >= lengths[i]), None)
+        if at is None:
+            rows.append([])
+            free.append(capacity)
+            at = len(rows) - 1
+        rows[at].append(i)
+        free[at] -= lengths[i]
+    return rows
