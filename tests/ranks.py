@@ -63,8 +63,9 @@ def _main(name, arguments, folder):
     world.stop()
     sys.stdout.flush()
     sys.stderr.flush()
-    # A hundred engines leave threads of gloo behind, which the end of the interpreter takes down in no order: now and then
-    # that aborts a process which has done its work. How a run ends is tested with the command line, which exits as usual.
+    # A hundred engines leave threads of gloo behind, which the end of the interpreter takes down in no order: now and
+    # then that aborts a process whose work is done. How a run ends is tested through the command line, which exits as
+    # usual.
     os._exit(0)
 
 
