@@ -84,14 +84,14 @@ def backward_flops(
     """Twice the forward pass, and what is computed anew: 5/2 of attention where fused, most of the layers, the logits.
 
     A fused kernel keeps no probabilities: FlashAttention-2, section 4.1, arXiv:2307.08691. A checkpointed layer runs
-    forward again up to its last product (D M), of which backward needs the inputs only.
+    forward again; where torch stops early, it saves the last product (2 D M a position), which is not counted on here.
     """
     attention = _attention(shape, pairs)
     whole = 2 * forward_flops(shape, positions=positions, pairs=pairs, logits=logits)
     if fused_attention:
         whole += attention // 2
     if checkpointed:
-        whole += _linear(shape, positions) + attention - 2 * shape.layers * shape.hidden * shape.mlp * positions
+        whole += _linear(shape, positions) + attention
     if logits_again:
         whole += 2 * shape.head_weights * logits
     return whole

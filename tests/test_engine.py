@@ -370,15 +370,14 @@ def two_ranks(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_t5_two_ranks_with_unequal_shares_take_the_same_step(two_ranks, case):
-    (_, dtype, share), exact = case, case[1] == "float32"
+    (_, dtype, _), exact = case, case[1] == "float32"
     first, second = (rank["steps"][CASES.index(case)] for rank in two_ranks)
     for result in (first, second):
         assert result["distance"] < (2e-6 if exact else 0.02), dtype
         assert result["norms"] == pytest.approx(result["expected"], rel=1e-5 if exact else 0.15)
-    # As many micro-batches on both, though one of them has less to train, or nothing.
+    # As many micro-batches on both, and both have work, though one of them came with little or nothing.
     assert [count for count, _ in first["micros"]] == [count for count, _ in second["micros"]]
-    assert first["micros"][0][1] > second["micros"][0][1]
-    assert share == 9 or [trained for _, trained in second["micros"]] == [0, 0]
+    assert all(trained for rank in (first, second) for _, trained in rank["micros"])
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lab import rlpost, weights
+from lab import base_model, rlpost, weights
 from tiny import write_folder
 
 from rlpost.checkpoint import Checkpoints
@@ -12,7 +12,7 @@ from rlpost.engine import Engine
 from rlpost.errors import RunError
 from rlpost.export import export_policy, export_run
 from rlpost.policy import load_policy
-from rlpost.recipe import EngineRecipe, Lora, Model, Recipe, load, to_yaml
+from rlpost.recipe import EngineRecipe, Lora, Model, Recipe, Tasks, TaskSource, load, to_yaml
 from rlpost.weights import WeightStream
 
 IDS = torch.arange(2, 29)[None]
@@ -30,8 +30,7 @@ def test_exported_folder_gives_the_logits_of_the_trained_policy(lab) -> None:
     assert done.stdout.splitlines()[-1] == f"model: {folder}"
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    [start] = (lab / "runs/models").glob("sft-*")
-    trained = load_policy(start, load(lab / "tiny.yaml").model).eval()
+    trained = load_policy(base_model(lab), load(lab / "tiny.yaml").model).eval()
     before = trained.model.get_input_embeddings().weight.clone()
     trained.load_state_dict(weights(lab, "first", 4), strict=False)
     ids = torch.tensor([AutoTokenizer.from_pretrained(folder).encode("7-0+6=")])
@@ -70,7 +69,8 @@ def make_run(folder, world, stage, dtype="float32", lora=None, *, hidden=32):
         engine.step()
     run = folder / "run"
     run.mkdir()
-    (run / "recipe.yaml").write_text(to_yaml(Recipe(model=model, engine=EngineRecipe(zero_stage=stage))))
+    tasks = Tasks(train=TaskSource(path="data.jsonl"))
+    (run / "recipe.yaml").write_text(to_yaml(Recipe(model=model, tasks=tasks, engine=EngineRecipe(zero_stage=stage))))
     Checkpoints(run, world, keep=1).save(2, engine, {"model": str(start)})
     return run, engine
 
