@@ -128,18 +128,19 @@ def adapted_layers(module: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
 
 
-def base_weights(module: nn.Module) -> Iterator[tuple[str, Any, LowRank | None]]:
-    """Name without adapters, parameter, and what is to be added to it, of every weight but those of the adapters."""
+def base_weights(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """Name without adapters, parameter, and the layer whose adapter changes it, of every weight but the adapters'."""
     layers = adapted_layers(module)
     for name, param in module.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
             continue
         owner, _, own = name.partition(BASE)
         layer = layers.get(owner) if own == "weight" else None
-        yield name.replace(BASE, "."), param, None if layer is None else _low_rank(layer)
+        yield name.replace(BASE, "."), param, layer
 
 
-def _low_rank(layer: Any) -> LowRank:
+def low_rank(layer: Any) -> LowRank:
+    """What the adapter of a layer adds to its weight as things stand."""
     a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
     return LowRank(a, b, layer.scaling[NAME], transposed=layer.fan_in_fan_out)
 

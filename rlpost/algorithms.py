@@ -127,7 +127,7 @@ ALGORITHMS: dict[str, Bundle] = {
         summary="cispo, std of the batch, mean over prompts, groups without spread dropped, solved prompts retired",
         paper="arXiv:2510.13786",
         conflicts="drops where DAPO refills; not in the bundle: forced interruption (its text depends on the model: "
-        "interruption.text=...), a float32 head, the asynchronous pipeline",
+        "interruption.text=...), the float32 head (model.head_dtype=float32), the asynchronous pipeline",
         section={
             "advantage": {"use": "batch_std"},
             "loss": {"use": "cispo", "ratio_cap": 5.0},

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from rlpost.world import World
+from rlpost.world import Ranks
 
 T = TypeVar("T")
 TOLERANCE = 0.02
@@ -54,7 +54,7 @@ def moves(costs: Sequence[Sequence[float]]) -> list[tuple[int, int, int]]:
         found.append((high, i, low))
 
 
-def balanced(items: Sequence[T], costs: Sequence[float], world: World) -> list[T]:
+def balanced(items: Sequence[T], costs: Sequence[float], world: Ranks) -> list[T]:
     """This rank's items after the moves: its own that stay, in order, then those that arrive. Every rank calls it."""
     if world.size == 1:
         return list(items)

@@ -15,14 +15,15 @@ from rlpost.balance import balanced, cost
 from rlpost.document import Document, block_length, places, span
 from rlpost.packing import Block, Packer, with_documents
 from rlpost.types import Batch, Group, Micro, Rollout
-from rlpost.world import World
+from rlpost.world import Ranks
 
 ScoreOf = Callable[[Micro], Mapping[str, Tensor]]
 """A forward pass: micro-batch -> named figures of each trained token `[B, T]`."""
 
 
-def with_scores(documents: Sequence[Document], packer: Packer, world: World, score_of: ScoreOf) -> list[Document]:
+def with_scores(documents: Sequence[Document], packer: Packer, world: Ranks, score_of: ScoreOf) -> list[Document]:
     """The documents with what a forward pass says of their completion tokens; every rank runs as many passes."""
+    documents, own = packer.columns.together(documents)
     layout = packer.layout(documents)
     found: list[dict[str, Tensor]] = [{} for _ in documents]
     with torch.no_grad():
@@ -35,7 +36,7 @@ def with_scores(documents: Sequence[Document], packer: Packer, world: World, sco
                         found[i][name][tokens] = x_T[place]
         for _ in range(world.max(len(layout)) - len(layout)):
             score_of(packer.empty())
-    return [replace(one, scores={**one.scores, **scores}) for one, scores in zip(documents, found, strict=True)]
+    return [replace(one, scores={**one.scores, **scores}) for one, scores in zip(documents, found, strict=True)][own]
 
 
 def _spans(row: Sequence[Block], documents: Sequence[Document]) -> Iterator[tuple[int, slice, slice]]:
@@ -51,7 +52,7 @@ def _spans(row: Sequence[Block], documents: Sequence[Document]) -> Iterator[tupl
 def make_batch(
     documents: Sequence[Document],
     packer: Packer,
-    world: World,
+    world: Ranks,
     aggregation: Aggregation = "token_mean",
     max_tokens: int = 1,
 ) -> Batch:
@@ -60,7 +61,8 @@ def make_batch(
     Documents with no trained token are left out, and some move to ranks with less to do. `max_tokens` is the constant
     of `seq_sum_const`.
     """
-    documents = [document for document in documents if document.num_trained]
+    documents, _ = packer.columns.together([document for document in documents if document.num_trained])
+    world = packer.columns.groups(world)
     documents = balanced(documents, [cost(one.length, packer.hidden_size) for one in documents], world)
     lengths = [document.num_trained for document in documents]
     imitated = [length * document.correct for length, document in zip(lengths, documents, strict=True)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpost.check_algorithm import RESET_TRIGGERS, algorithm_problems
+from rlpost.check_parallel import parallel_problems
 from rlpost.errors import RecipeError
 from rlpost.plugins import bind, did_you_mean
 from rlpost.recipe import Recipe, Sft, read
@@ -33,8 +34,8 @@ _BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
         "algorithm.kl.target algorithm.kl.horizon algorithm.groups.max_waves algorithm.interruption.answer_tokens "
         "algorithm.mismatch.offpolicy_limit algorithm.critic.lr algorithm.critic.value_clip algorithm.minibatches "
         "algorithm.epochs generator.kv_cache_gib generator.max_num_seqs generator.canary_tolerance engine.lr "
-        "engine.eps engine.sync_bucket_mib batch.micro_tokens batch.row_tokens sft.steps sft.batch_size sft.lr "
-        "sft.max_seconds evaluation.n evaluation.temperature evaluation.max_new_tokens",
+        "engine.eps engine.sequence_parallel engine.sync_bucket_mib batch.micro_tokens batch.row_tokens sft.steps "
+        "sft.batch_size sft.lr sft.max_seconds evaluation.n evaluation.temperature evaluation.max_new_tokens",
     ),
     (
         ">= 0",
@@ -97,6 +98,7 @@ def check(recipe: Recipe, world_size: int = 1) -> list[str]:
         *_lengths(recipe),
         *_sft(recipe.sft, world_size),
         *_engine(recipe),
+        *parallel_problems(recipe, world_size),
         *_run(recipe),
     ]
 
@@ -119,6 +121,11 @@ def _model(recipe: Recipe) -> list[str]:
         found = "neither" if model.path is None else "both"
         return [f"exactly one of model.path and model.init must be given (got {found}): set the other to null"]
     problems = _init(recipe) if model.init is not None else _model_path(model.path or "")
+    if model.offload_activations and not model.gradient_checkpointing:
+        problems.append(
+            "model.offload_activations needs model.gradient_checkpointing=true (got false): it moves what "
+            "checkpointing keeps; switch that on, or this off"
+        )
     if model.attention == "flash_attention_2":
         if find_spec("flash_attn") is None:
             problems.append("model.attention=flash_attention_2 needs the package flash-attn: install it, or use auto")
@@ -308,12 +315,40 @@ def _engine(recipe: Recipe) -> list[str]:
     problems = _betas(engine.betas, "engine.betas")
     if engine.offload_optimizer and engine.zero_stage == 0:
         problems.append("engine.offload_optimizer needs engine.zero_stage >= 1 (got 0)")
+    if engine.offload_params and engine.zero_stage != 3:
+        problems.append(
+            f"engine.offload_params needs engine.zero_stage=3 (got {engine.zero_stage}): below it every rank has whole "
+            "weights on its device; set the stage to 3, or use engine.offload_optimizer"
+        )
+    problems += _park(recipe)
     if recipe.model.dtype == "bfloat16" and engine.zero_stage == 0:
         problems.append(
             "engine.zero_stage must be >= 1 for model.dtype=bfloat16 (got 0): DeepSpeed keeps the float32 copy of the "
             "weights in its sharded optimizer, on one rank too"
         )
     return problems
+
+
+def _park(recipe: Recipe) -> list[str]:
+    engine, generator = recipe.engine, recipe.generator
+    if engine.park in (None, "none"):
+        return []
+    if generator.kind == "local_vllm" and generator.sleep_level == 0:
+        return [
+            f"engine.park must be none with generator.sleep_level=0 (got {engine.park}): the trainer and a vLLM that "
+            "never sleeps must fit side by side anyway; raise the sleep level, or leave park out"
+        ]
+    if engine.park == "optimizer" and engine.offload_optimizer:
+        return [
+            "engine.park must not be optimizer with engine.offload_optimizer (got both): its state is in the host's "
+            "memory already; leave one out, or use park=all for the weights"
+        ]
+    if engine.park == "all" and engine.offload_params:
+        return [
+            "engine.park must not be all with engine.offload_params (got both): the weights are in the host's memory "
+            "already; leave park out, or use park=optimizer where the optimizer is not offloaded"
+        ]
+    return []
 
 
 def _betas(betas: Sequence[float], key: str) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rlpost.engine import Trained
 from rlpost.policy import hidden_states, in_place, load_language_model, seen, trained_positions, without_dropout
 from rlpost.recipe import Model
+from rlpost.sequence_parallel import WHOLE, Columns
 from rlpost.types import Micro
 
 
@@ -41,17 +42,24 @@ class ValueModel(nn.Module):
         self.head = ValueHead(model.config.get_text_config().hidden_size).to(model.dtype)
 
     def forward(
-        self, tokens_BT: Tensor, position_BT: Tensor, mask_BT: Tensor, *, seen_BTT: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        position_BT: Tensor,
+        mask_BT: Tensor,
+        *,
+        seen_BTT: Tensor | None = None,
+        columns: Columns = WHOLE,
     ) -> Tensor:
         """Value `[B, T]`, float32; 0 where the mask is False.
 
         At position t it is that of the state before token t + 1 is written, so it stands where that token's log-prob
         does.
         """
-        hidden_BTD = hidden_states(self.model, tokens_BT, position_BT, seen_BTT)
-        where_N = trained_positions(mask_BT)
-        value_N = self.head(hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[where_N])
-        return in_place(value_N, where_N, mask_BT)
+        hidden_BtD = hidden_states(self.model, tokens_BT, position_BT, seen_BTT, columns)
+        mask_Bt = columns.own(mask_BT)
+        where_N = trained_positions(mask_Bt)
+        value_N = self.head(hidden_BtD.reshape(-1, hidden_BtD.shape[-1])[where_N])
+        return columns.whole(in_place(value_N, where_N, mask_Bt), mask_BT.shape[1])
 
 
 class Critic(Trained):
@@ -62,7 +70,8 @@ class Critic(Trained):
 
     def values(self, micro: Micro) -> Tensor:
         """Value `[B, T]` of the state in which each of the micro-batch's targets is written."""
-        return self.deepspeed(micro.tokens_BT, micro.position_BT, micro.mask_BT, seen_BTT=seen(micro))
+        inputs = micro.tokens_BT, micro.position_BT, micro.mask_BT
+        return self.deepspeed(*inputs, seen_BTT=seen(micro), columns=self.columns)
 
 
 def load_value_model(folder: Path, recipe: Model) -> ValueModel:

@@ -46,6 +46,15 @@ def find_device(name: str | None, dtype: str, *, ranks: int) -> Device:
     return DEVICES[chosen] if chosen in DEVICES else _measured_cpu(dtype, ranks)
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether matrix products in bfloat16 have instructions of their own here: on GPUs, and on some CPUs."""
+    import torch
+
+    if torch.cuda.is_available() or not torch.backends.mkldnn.is_available():
+        return torch.cuda.is_available()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _gpu_here() -> str | None:
     import torch
 

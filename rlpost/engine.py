@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from rlpost.adapter import adapters_off
 from rlpost.errors import RunError
+from rlpost.parking import Parking, Shelf
 from rlpost.policy import Policy, seen
 from rlpost.recipe import EngineRecipe
+from rlpost.sequence_parallel import columns_of
 from rlpost.types import Micro
 from rlpost.weights import PREFIX, WeightStream
 from rlpost.world import World
@@ -42,6 +44,7 @@ class Trained:
         self, module: nn.Module, recipe: EngineRecipe, *, dtype: str, total_updates: int, world: World
     ) -> None:
         self.recipe, self.world, self.dtype = recipe, world, dtype
+        self.columns = columns_of(recipe.sequence_parallel, world)
         self.updates = 0
         """Optimizer steps taken: the policy's version."""
         self.lr = 0.0
@@ -71,6 +74,7 @@ class Trained:
             config=deepspeed_config(recipe, dtype, clip=not clips_itself, numel=numel_of(trained)),
             dist_init_required=False,
         )
+        self.shelf = Shelf(module, world.device, self.deepspeed.optimizer, self.deepspeed.basic_optimizer)
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradient to that of the optimizer step in progress."""
@@ -99,6 +103,7 @@ class Trained:
 
     def save(self, folder: Path) -> None:
         """Write trained weights, optimizer and schedule; every rank calls it and writes its own shard."""
+        self.shelf.back()
         updates = {"updates": self.updates}
         self.deepspeed.save_checkpoint(
             str(folder), tag=self.tag, client_state=updates, exclude_frozen_parameters=not self._all_trained
@@ -111,6 +116,7 @@ class Trained:
                 f"resume: {folder} must hold an engine checkpoint (it has no folder {self.tag}): choose another, or "
                 "start with resume=never"
             )
+        self.shelf.back()
         _, client_state = self.deepspeed.load_checkpoint(
             str(folder), tag=self.tag, load_module_strict=self._all_trained
         )
@@ -139,12 +145,13 @@ class Engine(Trained):
     ) -> None:
         super().__init__(policy, recipe, dtype=dtype, total_updates=total_updates, world=world)
         self.temperature = temperature
+        self.parking = Parking()
 
     def token_logp(self, micro: Micro, *, temperature: float | None = None) -> tuple[Tensor, Tensor]:
         """Log-prob and entropy `[B, T]` of the micro-batch's targets; None: at the sampling temperature."""
         temperature = temperature or self.temperature
         inputs = micro.tokens_BT, micro.position_BT, micro.target_BT, micro.mask_BT
-        return self.deepspeed(*inputs, temperature=temperature, seen_BTT=seen(micro))
+        return self.deepspeed(*inputs, temperature=temperature, seen_BTT=seen(micro), columns=self.columns)
 
 
 class Reference(Protocol):
@@ -192,10 +199,11 @@ class Frozen:
 
     def __init__(self, policy: Policy, recipe: EngineRecipe, *, dtype: str, temperature: float, world: World) -> None:
         self.recipe, self.temperature, self.world = recipe, temperature, world
+        self.columns = columns_of(recipe.sequence_parallel, world)
         self.followed = False
         """Whether it has become a copy of the policy in training since the run began."""
         policy.requires_grad_(False).to(world.device)
-        self.policy = policy
+        self.policy, self.shelf = policy, Shelf(policy, world.device)
         self._forward: Any = policy
         if recipe.zero_stage == 3 and world.size > 1:
             config = deepspeed_config(recipe, dtype, clip=False, numel=numel_of(policy.parameters()))
@@ -205,7 +213,8 @@ class Frozen:
     def token_logp(self, micro: Micro) -> Tensor:
         """Log-probs `[B, T]` of the micro-batch's targets."""
         inputs = micro.tokens_BT, micro.position_BT, micro.target_BT, micro.mask_BT
-        logp_BT, _ = self._forward(*inputs, temperature=self.temperature, seen_BTT=seen(micro))
+        how: dict[str, Any] = {"temperature": self.temperature, "seen_BTT": seen(micro), "columns": self.columns}
+        logp_BT, _ = self._forward(*inputs, **how)
         return logp_BT
 
     def follow(self, engine: Engine) -> None:
@@ -216,6 +225,7 @@ class Frozen:
         """Write the weights, where they are no longer those that the run began with; every rank calls it."""
         if not self.followed:
             return
+        self.shelf.back()
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -243,6 +253,7 @@ class Frozen:
 
     @torch.no_grad()
     def _become(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.shelf.back()
         params = dict(self.policy.named_parameters())
         for name, tensor in weights:
             param = params[PREFIX + name]
@@ -282,6 +293,8 @@ def deepspeed_config(recipe: EngineRecipe, dtype: str, *, clip: bool, numel: int
     zero: dict[str, Any] = {"stage": recipe.zero_stage, "reduce_bucket_size": min(LARGEST_BUCKET, numel)}
     if recipe.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if recipe.offload_params:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

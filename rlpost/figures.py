@@ -59,16 +59,15 @@ def log_step(run: Run, step: int) -> dict[str, float]:
         metrics.last("optim/steps", run.engine.updates)
         metrics.max("sync/seconds", report.seconds)
         metrics.last("sync/bytes", report.num_bytes)
+        metrics.mean("sync/gb_per_s", report.gb_per_s)
         metrics.mean("canary/logp_diff_mean", report.canary_mean)
         metrics.max("canary/logp_diff_max", report.canary_max)
-        if torch.cuda.is_available():
-            metrics.max("memory/peak_gib", torch.cuda.max_memory_allocated() / 2**30)
         for name, value in run.curriculum.metrics().items():
             metrics.last(f"curriculum/{name}", value)
         for name, value in (run.objective.mismatch_figures() | run.objective.figures()).items():
             metrics.last(name, value)
-    for name, seconds in run.clock.lap().items():
-        metrics.mean(name, seconds)
+    for name, value in run.clock.lap().items():
+        (metrics.max if name.startswith("memory/") else metrics.mean)(name, value)
     with run.clock("log"):
         figures = metrics.reduce()
         run.trackers.log(step, figures)

@@ -14,6 +14,8 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlpost.peak import Gauge, fullest
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -75,11 +77,13 @@ METRICS: dict[str, MetricInfo] = {
     "optim/lr": MetricInfo("1", "last", "learning rate of the last optimizer step"),
     "optim/steps": MetricInfo("steps", "last", "optimizer steps since the start of the run"),
     "optim/skipped_steps": MetricInfo("steps", "last", "optimizer steps skipped for a gradient that is not finite"),
-    "sync/seconds": MetricInfo("s", "max", "trainer to generator weights, slowest rank"),
+    "sync/seconds": MetricInfo("s", "max", "trainer to generator weights, slowest rank; no waking up, no canary"),
     "sync/bytes": MetricInfo("bytes", "last", "weights handed to each generator"),
+    "sync/gb_per_s": MetricInfo("10^9 bytes/s", "mean", "rate of the sync, over ranks"),
     "canary/logp_diff_mean": MetricInfo("nats", "mean", "|trainer - generator| log-prob of the fixed prompt"),
     "canary/logp_diff_max": MetricInfo("nats", "max", "largest |trainer - generator| log-prob of the fixed prompt"),
-    "memory/peak_gib": MetricInfo("GiB", "max", "largest accelerator memory in use, fullest rank"),
+    "memory/peak_gib": MetricInfo("GiB", "max", "largest memory in use in any phase since the last step, fullest rank"),
+    "memory/peak_gib/*": MetricInfo("GiB", "max", "largest memory in use in this phase: a GPU's, or the process's own"),
     "curriculum/*": MetricInfo("1", "last", "what the curriculum reports of itself"),
     "time/*_s": MetricInfo("s", "mean", "seconds of the step in this phase, nested phases taken out, over ranks"),
     "eval/num": MetricInfo("problems", "sum", "held-out problems"),
@@ -204,7 +208,17 @@ class Clock:
     is `other`. On an accelerator `synchronise` waits for its queue, or one phase would pay for another's kernels.
     """
 
-    def __init__(self, synchronise: Callable[[], Any] | None = None, now: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        synchronise: Callable[[], Any] | None = None,
+        now: Callable[[], float] = time.perf_counter,
+        gauge: Gauge | None = None,
+    ) -> None:
+        self.gauge = gauge
+        self.peak_gib: dict[str, float] = {}
+        """Largest memory in use in each phase of this step so far, as the gauge says."""
+        self.total_peak_gib: dict[str, float] = {}
+        """The same of the run, of finished steps."""
         self.seconds: dict[str, float] = {}
         """Seconds of this step so far."""
         self.total: dict[str, float] = {}
@@ -226,26 +240,36 @@ class Clock:
             self._phases.pop()
 
     def lap(self) -> dict[str, float]:
-        """End a step: its seconds as metrics `time/<phase>_s`, and `time/step_s` without the phases outside a step."""
+        """End a step: its seconds as metrics `time/<phase>_s`, and `time/step_s` without the phases outside a step.
+
+        Of memory, `memory/peak_gib/<phase>`, and the largest of all phases as `memory/peak_gib`.
+        """
         self._charge()
         for phase, seconds in self.seconds.items():
             self.total[phase] = self.total.get(phase, 0.0) + seconds
         lap = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
         lap["time/step_s"] = sum(seconds for phase, seconds in self.seconds.items() if phase not in OUTSIDE_STEP)
-        self.seconds = {}
+        self.total_peak_gib = fullest([self.total_peak_gib, self.peak_gib])
+        lap |= {f"memory/peak_gib/{phase}": gib for phase, gib in self.peak_gib.items()}
+        if self.peak_gib:
+            lap["memory/peak_gib"] = max(self.peak_gib.values())
+        self.seconds, self.peak_gib = {}, {}
         return lap
 
     def state_dict(self) -> dict[str, Any]:
-        """The run's seconds up to the last lap."""
-        return {"total": dict(self.total)}
+        """The run's seconds and peaks up to the last lap."""
+        return {"total": dict(self.total), "peak_gib": dict(self.total_peak_gib)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Count on from a run's earlier part."""
         self.total = dict(state["total"])
+        self.total_peak_gib = dict(state["peak_gib"])
 
     def _charge(self) -> None:
         if self._synchronise is not None:
             self._synchronise()
+        if self.gauge is not None:
+            self.peak_gib = fullest([self.peak_gib, {self._phases[-1]: self.gauge()}])
         now = self._now()
         self.seconds[self._phases[-1]] = self.seconds.get(self._phases[-1], 0.0) + now - self._since
         self._since = now

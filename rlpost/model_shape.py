@@ -18,7 +18,7 @@ def model_sizes(recipe: Recipe) -> tuple[Shape, dict[str, int]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = _config(recipe)
+    config = model_config(recipe)
     text = config.get_text_config()
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
@@ -45,7 +45,8 @@ def model_sizes(recipe: Recipe) -> tuple[Shape, dict[str, int]]:
     return shape, params
 
 
-def _config(recipe: Recipe) -> Any:
+def model_config(recipe: Recipe) -> Any:
+    """The configuration of a recipe's model, fetched where it is on the hub only."""
     from transformers import AutoConfig, LlamaConfig
 
     from rlpost.render import build_tokenizer

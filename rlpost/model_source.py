@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rlpost.check_parallel import has_window
 from rlpost.errors import RunError
 from rlpost.recipe import InitModel, Model, Recipe
 from rlpost.world import World
@@ -59,17 +60,16 @@ def context_length(model: Model, folder: Path) -> int:
 
 def hidden_size(folder: Path) -> int:
     """Width of a model folder's hidden states."""
-    return int(_text_config(folder)["hidden_size"])
+    return int(text_config(folder)["hidden_size"])
 
 
 def looks_at_everything(folder: Path) -> bool:
     """Whether every layer's attention reaches back to the start: no sliding window, which a mask would undo."""
-    config = _text_config(folder)
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    return window is None and not set(config.get("layer_types") or ()) - {"full_attention"}
+    return not has_window(text_config(folder))
 
 
-def _text_config(folder: Path) -> dict[str, Any]:
+def text_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the language model in a folder."""
     config = json.loads((folder / "config.json").read_text())
     return dict(config.get("text_config", config))
 

@@ -6,21 +6,27 @@ stand behind a single copy of it, where that costs less: attention then follows 
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rlpost.balance import cost
+from rlpost.check_parallel import split_problems
 from rlpost.document import Document, block_length, places, span, values_of
+from rlpost.errors import RunError
 from rlpost.recipe import Recipe
+from rlpost.sequence_parallel import WHOLE, Columns, columns_of
 from rlpost.types import Micro
 from rlpost.world import World
 
 DENSE_ROW_TOKENS = 512
 """Row length where attention pays for its square: long enough to amortise, short enough not to waste."""
+NARROW_ROWS = (256, 128, 64)
+"""What is tried below it: the narrower the model, the sooner attention over a whole row costs more than it saves."""
 
 Block = tuple[int, ...]
 """Indices of documents: one, or several that share their prompt."""
@@ -35,18 +41,26 @@ class Packer:
     micro_tokens: int
     row_tokens: int
     device: torch.device
+    _: KW_ONLY
     hidden_size: int = 1024
     """Width of the model: it says from what length on attention is what a row costs."""
     share_prompts: bool = False
     """Whether documents may leave their prompt to one copy for several; attention must take a mask."""
+    narrow_rows: bool = False
+    """Whether rows may have fewer positions than `row_tokens`, where that costs less."""
+    columns: Columns = WHOLE
+    """Ranks that share rows share their documents too."""
 
     def layout(self, documents: Sequence[Document]) -> Layout:
-        """Where each document goes; prompts are shared where that costs less."""
-        alone = self._layout(documents, [(i,) for i in range(len(documents))])
-        if not self.share_prompts:
-            return alone
-        together = self._layout(documents, shared_blocks(documents, self.row_tokens))
-        return min(alone, together, key=lambda layout: self._cost(documents, layout))
+        """Where each document goes: in wide rows or narrow ones, prompts shared or not, as costs least."""
+        widths = [self.row_tokens, *(width for width in NARROW_ROWS if self.narrow_rows and width < self.row_tokens)]
+        alone = [(i,) for i in range(len(documents))]
+        layouts = [self._layout(documents, alone, width) for width in widths]
+        if self.share_prompts:
+            layouts += [self._layout(documents, shared_blocks(documents, width), width) for width in widths]
+        if len(layouts) == 1:
+            return layouts[0]
+        return min(layouts, key=lambda layout: self._cost(documents, layout))
 
     def micros(self, documents: Sequence[Document]) -> list[Micro]:
         """This rank's documents as micro-batches of packed rows, longest rows first."""
@@ -74,13 +88,16 @@ class Packer:
         nothing = {name: torch.zeros(0) for name in scores}
         return self.micro([[Document((0,), (), (), scores=nothing)]], 2)
 
-    def _layout(self, documents: Sequence[Document], blocks: Sequence[Block]) -> Layout:
+    def _layout(self, documents: Sequence[Document], blocks: Sequence[Block], row_tokens: int) -> Layout:
         lengths = [block_length([documents[i] for i in block]) for block in blocks]
-        rows = pack(lengths, max(self.row_tokens, *lengths, 0)) if lengths else []
+        rows = pack(lengths, row_tokens)
         rows.sort(key=lambda row: -sum(lengths[i] for i in row))
+        widths = [sum(lengths[i] for i in row) for row in rows]
         micros, start = [], 0
         while start < len(rows):
-            stop = start + max(1, self.micro_tokens // sum(lengths[i] for i in rows[start]))
+            stop = start + max(1, self.micro_tokens // widths[start])
+            if self.narrow_rows:  # a few long documents, alone in their rows, widen none of the others
+                stop = next((i for i in range(start, stop) if i < len(rows) and 2 * widths[i] < widths[start]), stop)
             micros.append([[blocks[i] for i in row] for row in rows[start:stop]])
             start = stop
         return micros
@@ -184,9 +201,11 @@ def shared_blocks(documents: Sequence[Document], capacity: int) -> list[Block]:
 
 def make_packer(recipe: Recipe, world: World, model: Path) -> Packer:
     """The packer of a recipe and its model's folder."""
-    from rlpost.model_source import hidden_size, looks_at_everything
+    from rlpost.model_source import hidden_size, looks_at_everything, text_config
     from rlpost.policy import uses_flash_attention
 
+    if problems := split_problems(text_config(model), recipe.engine.sequence_parallel):
+        raise RunError("\n".join(problems))
     # Flash attention takes positions and no mask.
     masked = not uses_flash_attention(recipe.model) and looks_at_everything(model)
     return Packer(
@@ -195,6 +214,8 @@ def make_packer(recipe: Recipe, world: World, model: Path) -> Packer:
         world.device,
         hidden_size=hidden_size(model),
         share_prompts=recipe.batch.share_prompts and masked,
+        narrow_rows=recipe.batch.row_tokens is None and not uses_flash_attention(recipe.model),
+        columns=columns_of(recipe.engine.sequence_parallel, world),
     )
 
 
@@ -210,19 +231,20 @@ def row_tokens_of(recipe: Recipe) -> int:
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit decreasing: indices of the documents of each row, no row longer than `capacity`.
+    """Best-fit decreasing: indices of the documents of each row; one longer than `capacity` has a row for itself.
 
     >>> pack([3, 5, 4, 2], capacity=7)
     [[1, 3], [2, 0]]
     """
     rows: list[list[int]] = []
-    free: list[int] = []
+    free: list[tuple[int, int]] = []  # (room, row), in order
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        at = next((r for r, room in enumerate(free) if room >= lengths[i]), None)
-        if at is None:
+        at = bisect_left(free, (lengths[i], 0))
+        if at == len(free):
             rows.append([])
-            free.append(capacity)
-            at = len(rows) - 1
-        rows[at].append(i)
-        free[at] -= lengths[i]
+            room, row = max(capacity, lengths[i]), len(rows) - 1
+        else:
+            room, row = free.pop(at)
+        rows[row].append(i)
+        insort(free, (room - lengths[i], row))
     return rows

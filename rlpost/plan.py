@@ -6,7 +6,7 @@ From the recipe and the model's configuration alone. The formulas are in `flops.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from rlpost import flops
@@ -32,6 +32,9 @@ PROMPT_GUESS = 256
 """Tokens of a prompt where the tasks cannot be read."""
 CHARS_A_TOKEN = 4
 """Of English in a trained tokenizer; a `char` or `byte` tokenizer has one."""
+_OPTIMIZER = frozenset({"gradients", "master copy", "moments", "gradient bucket"})
+PARKED = {"none": frozenset(), "optimizer": _OPTIMIZER, "all": _OPTIMIZER | {"weights", "reference"}}
+"""Parts that are not on the device while generating, by `engine.park`."""
 VLLM_WORKSPACE = GIB
 """What vLLM keeps of its share of a GPU for activations and CUDA graphs."""
 
@@ -185,11 +188,25 @@ def step_of(plan: Plan, completion: int) -> Step:
         alone = _training(plan, positions=sum(rows), pairs=flops.full_pairs(documents), logits=logits)
         across_frac = 1 - alone["train"] / work["train"]
     generation, seconds, concurrency = _generation(plan, completion)
-    rate, bandwidth = _rates(plan)
+    rate, _ = _rates(plan)
     seconds |= {name: amount / rate for name, amount in work.items()}
-    sharded = plan.ranks if plan.recipe.engine.zero_stage else 1
-    seconds["optimizer"] = plan.updates * UPDATE_BYTES * (plan.total + plan.critic_total) / sharded / bandwidth
+    seconds["optimizer"] = plan.updates * _update_seconds(plan)
     return Step(completion, logits, num_micros, concurrency, generation | work, seconds, across_frac)
+
+
+def micro_seconds(plan: Plan, widths: Sequence[int], lengths: Sequence[int]) -> dict[str, float]:
+    """Of one micro-batch with rows and documents so long: scored by all, also by the policy, and trained on alone."""
+    asked = replace(plan, scored_by=("policy", *(who for who in plan.scored_by if who != "policy")))
+    pairs = flops.full_pairs(widths) if plan.row_positions else flops.causal_pairs(lengths)
+    work = _training(asked, positions=sum(widths), pairs=pairs, logits=sum(lengths) - len(lengths))
+    rate, _ = _rates(plan)
+    train_s = work["train"] / plan.recipe.algorithm.epochs / rate
+    return {"score": work["score"] / rate, "train": train_s, "optimizer step": _update_seconds(plan)}
+
+
+def _update_seconds(plan: Plan) -> float:
+    sharded = plan.ranks if plan.recipe.engine.zero_stage else 1
+    return UPDATE_BYTES * (plan.total + plan.critic_total) / sharded / _rates(plan)[1]
 
 
 def _training(plan: Plan, *, positions: int, pairs: int, logits: int) -> dict[str, int]:
@@ -240,8 +257,10 @@ def _generation(plan: Plan, completion: int) -> tuple[dict[str, int], dict[str, 
 def memory_of(plan: Plan) -> dict[str, tuple[int, int]]:
     """Bytes of each part on one rank while generating and while training; what stays stands in both.
 
-    Offloaded parts are in the host's memory and not here.
+    Offloaded parts are in the host's memory and not here, parked ones while training only.
     """
+    from rlpost.parking import park_of
+
     recipe, engine, size = plan.recipe, plan.recipe.engine, plan.itemsize
     state: dict[str, int] = {}
     for num_params in (plan.total, plan.critic_total):
@@ -251,7 +270,10 @@ def memory_of(plan: Plan) -> dict[str, tuple[int, int]]:
         state |= {"master copy": 0, "moments": 0}
     if "reference" in plan.scored_by:
         state["reference"] = plan.total * size // (plan.ranks if engine.zero_stage == 3 else 1)
-    generating, parked = _generator_bytes(plan)
+    if engine.offload_params and plan.device.is_gpu:
+        state |= dict.fromkeys(state.keys() & {"weights", "reference"}, 0)
+    gone = PARKED[park_of(recipe, on_gpu=plan.device.is_gpu)] if plan.device.is_gpu else frozenset()
+    (generating, parked), bucket = _generator_bytes(plan), _bucket_bytes(plan)
     longest = plan.prompt + plan.longest
     positions = min(max(recipe.batch.micro_tokens, longest), plan.rollouts * longest)
     kept = flops.activation_bytes(
@@ -261,9 +283,9 @@ def memory_of(plan: Plan) -> dict[str, tuple[int, int]]:
         eager_row=max(plan.row_positions, longest) if recipe.model.attention == "eager" else 0,
         checkpointed=recipe.model.gradient_checkpointing,
     )
-    return {part: (held, held) for part, held in state.items()} | {
+    return {part: (0 if part in gone else held, held) for part, held in state.items()} | {
         "generator": (generating, parked),
-        "gradient bucket": _bucket_bytes(plan),
+        "gradient bucket": (0, bucket[1]) if "gradient bucket" in gone else bucket,
         "activations": (0, kept),
         "logits": (0, flops.logits_bytes(plan.shape, size, chunk=recipe.model.logp_chunk)),
     }

@@ -17,6 +17,7 @@ from rlpost.adapter import add_adapters, quantization
 from rlpost.errors import RunError
 from rlpost.head import Head, token_logp
 from rlpost.recipe import Model
+from rlpost.sequence_parallel import WHOLE, Columns, in_columns
 from rlpost.types import Micro
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -29,7 +30,7 @@ class TokenLogp(nn.Module):
     chunks differs between ranks, the number of gathers must not.
     """
 
-    def __init__(self, head: nn.Linear, config: Any, *, chunk: int, entropy_grad: bool) -> None:
+    def __init__(self, head: nn.Linear, config: Any, *, chunk: int, entropy_grad: bool, exact: bool = False) -> None:
         super().__init__()
         self.weight, self.bias = head.weight, head.bias
         scale, divisor = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
@@ -38,6 +39,7 @@ class TokenLogp(nn.Module):
             softcap=getattr(config, "final_logit_softcapping", None),
             chunk=chunk,
             entropy_grad=entropy_grad,
+            exact=exact,
         )
 
     def forward(self, hidden_ND: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -48,10 +50,11 @@ class TokenLogp(nn.Module):
 class Policy(nn.Module):
     """A causal LM over packed rows. Dropout is off: the first update of a batch must see a ratio of exactly 1."""
 
-    def __init__(self, model: Any, *, logp_chunk: int, entropy_grad: bool = False) -> None:
+    def __init__(self, model: Any, *, logp_chunk: int, entropy_grad: bool = False, exact_head: bool = False) -> None:
         super().__init__()
         self.model = without_dropout(model)
-        self.head = TokenLogp(model.get_output_embeddings(), model.config, chunk=logp_chunk, entropy_grad=entropy_grad)
+        how: dict[str, Any] = {"chunk": logp_chunk, "entropy_grad": entropy_grad, "exact": exact_head}
+        self.head = TokenLogp(model.get_output_embeddings(), model.config, **how)
 
     def forward(
         self,
@@ -62,29 +65,39 @@ class Policy(nn.Module):
         *,
         temperature: float,
         seen_BTT: Tensor | None = None,
+        columns: Columns = WHOLE,
     ) -> tuple[Tensor, Tensor]:
         """Log-prob and entropy `[B, T]` of each target at the given temperature; 0 where the mask is False."""
-        hidden_BTD = hidden_states(self.model.base_model, tokens_BT, position_BT, seen_BTT)
-        where_N = trained_positions(mask_BT)
+        hidden_BtD = hidden_states(self.model.base_model, tokens_BT, position_BT, seen_BTT, columns)
+        target_Bt, mask_Bt = columns.own(target_BT), columns.own(mask_BT)
+        where_N = trained_positions(mask_Bt)
         logp_N, entropy_N = self.head(
-            hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[where_N], target_BT.reshape(-1)[where_N], temperature
+            hidden_BtD.reshape(-1, hidden_BtD.shape[-1])[where_N], target_Bt.reshape(-1)[where_N], temperature
         )
-        return in_place(logp_N, where_N, mask_BT), in_place(entropy_N, where_N, mask_BT)
+        logp_Bt, entropy_Bt = in_place(logp_N, where_N, mask_Bt), in_place(entropy_N, where_N, mask_Bt)
+        width = mask_BT.shape[1]
+        return columns.whole(logp_Bt, width), columns.whole(entropy_Bt, width)
 
 
-def hidden_states(transformer: Any, tokens_BT: Tensor, position_BT: Tensor, seen_BTT: Tensor | None) -> Tensor:
-    """The last hidden states `[B, T, D]` of packed rows.
+def hidden_states(
+    transformer: Any, tokens_BT: Tensor, position_BT: Tensor, seen_BTT: Tensor | None, columns: Columns = WHOLE
+) -> Tensor:
+    """The last hidden states `[B, t, D]` of packed rows: of all their positions, or of this rank's `columns`.
 
     Without `seen_BTT` documents are kept apart by `position_BT`, which restarts with each of them (transformers builds
     the block-diagonal causal mask, or flash attention's variable-length call, from it).
     """
     mask = None
+    if columns.size > 1 and not transformer.config._attn_implementation.startswith("flash"):
+        seen_BTT = columns.seen(position_BT, seen_BTT)
     if seen_BTT is not None:
         dtype = transformer.dtype
         hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=seen_BTT.device)
         mask = torch.where(seen_BTT, torch.zeros_like(hidden), hidden)[:, None]
-    inputs = {"input_ids": tokens_BT, "position_ids": position_BT, "attention_mask": mask}
-    return transformer(**inputs, use_cache=False).last_hidden_state
+    own = {"input_ids": columns.own(tokens_BT), "position_ids": columns.own(position_BT)}
+    inputs = own | {"attention_mask": mask, "use_cache": False}
+    output = transformer(**inputs) if columns.size == 1 else in_columns(transformer, columns, inputs)
+    return output.last_hidden_state
 
 
 def seen(micro: Micro) -> Tensor | None:
@@ -132,7 +145,8 @@ def load_policy(folder: Path, recipe: Model, *, entropy_grad: bool = False, seed
     model = load_language_model(folder, recipe, seed=seed)
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise RunError(f"model.path must be a causal language model with a linear head (got {type(model).__name__})")
-    return Policy(model, logp_chunk=recipe.logp_chunk, entropy_grad=entropy_grad)
+    exact_head = recipe.head_dtype == "float32"
+    return Policy(model, logp_chunk=recipe.logp_chunk, entropy_grad=entropy_grad, exact_head=exact_head)
 
 
 def load_language_model(folder: Path, recipe: Model, *, seed: int = 0) -> Any:
@@ -150,7 +164,8 @@ def load_language_model(folder: Path, recipe: Model, *, seed: int = 0) -> Any:
     if recipe.lora is not None:
         model = add_adapters(model, recipe.lora, seed=seed)
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        to_host = recipe.offload_activations and torch.cuda.is_available()  # without a GPU they are there already
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}, offload=to_host)
     return model.train()
 
 

@@ -131,13 +131,18 @@ def eval_table(evaluation: Mapping[str, Mapping[str, float | None] | None]) -> T
 
 
 def time_table(summary: Mapping[str, Any]) -> Table:
-    """Seconds by phase, with each phase's share of the steps."""
+    """Seconds by phase, with each phase's share of the steps and the most memory in use in it."""
+    memory = summary["memory"] or {"of": None, "peak_gib": {}}
     table = Table("phase", title=f"{summary['steps']} steps, {duration(summary['wall_s'])} in all")
-    for head in ("time", "share of steps"):
+    for head in ("time", "share of steps", *(["peak GiB"] if memory["of"] else [])):
         table.add_column(head, justify="right")
     for phase, seconds in sorted(summary["phase_s"].items(), key=lambda item: -item[1]):
         share = summary["phase_frac"].get(phase)
-        table.add_row(Text(phase), f"{seconds:.1f} s", "" if share is None else f"{share:.1%}")
+        peak = memory["peak_gib"].get(phase)
+        cells = "" if share is None else f"{share:.1%}", *([] if peak is None else [f"{peak:.2f}"])
+        table.add_row(Text(phase), f"{seconds:.1f} s", *cells)
     table.add_section()
     table.add_row("overhead of a step", "", f"{summary['overhead_frac']:.1%}")
+    if memory["of"]:
+        table.caption = f"peak: {memory['of']}"
     return table

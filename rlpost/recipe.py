@@ -70,8 +70,12 @@ class Model:
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """auto: flash attention's variable-length path where it is installed and there is a GPU, else sdpa."""
     gradient_checkpointing: bool = False
-    logp_chunk: int = 1024
+    offload_activations: bool = False
+    """Keep what gradient checkpointing saves, the input of each layer, in the host's memory until it is needed."""
+    logp_chunk: int = 512
     """Tokens whose logits are alive at once."""
+    head_dtype: Literal["float32"] | None = None
+    """float32: logits are products of float32 numbers, here and in vLLM; weights stay as `dtype`. None: as `dtype`."""
     trust_remote_code: bool = False
     lora: Lora | None = None
     """None: all weights are trained, also by `sft`."""
@@ -179,6 +183,14 @@ class EngineRecipe:
     grad_clip: float = 1.0
     """Largest norm of the gradient; 0: no clipping."""
     offload_optimizer: bool = False
+    """Keep the optimizer's state in the host's memory and step there: ZeRO-Offload, arXiv:2101.06840."""
+    offload_params: bool = False
+    """Keep this rank's shard of the weights there too, also of critic and reference; zero_stage 3 only."""
+    park: Literal["none", "optimizer", "all"] | None = None
+    """What of the trainer waits in the host's memory while the generator is awake; None: `optimizer` where vLLM sleeps
+    while training (on a GPU) and the optimizer is not offloaded anyway, else `none`."""
+    sequence_parallel: int = 1
+    """So many neighbouring ranks share each row and hold an equal part of its positions (Ulysses), for long rows."""
     sync_bucket_mib: int = 512
     """Weights that are gathered at once on their way to the generator."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -192,8 +204,8 @@ class BatchRecipe:
     micro_tokens: int = 8192
     """Positions in one forward pass of one rank."""
     row_tokens: int | None = None
-    """Positions of one row, in which several documents are packed; None: `micro_tokens` with flash attention, else 512
-    or the longest document. Plain attention pays for a row's length squared."""
+    """Positions of one row, in which several documents are packed; a longer one has a row for itself. None:
+    `micro_tokens` with flash attention, else 64 to 512, as costs least: plain attention pays for a row's square."""
     share_prompts: bool = True
     """Keep one copy of a prompt in a row for all its answers there, where that costs less; not with flash attention."""
 

@@ -20,6 +20,8 @@ from rlpost.metrics import Clock, Metrics
 from rlpost.model_source import context_length, model_folder
 from rlpost.objective import Objective
 from rlpost.packing import Packer, make_packer
+from rlpost.parking import Parking, park_of
+from rlpost.peak import gauge_of
 from rlpost.plugins import bind
 from rlpost.policy import load_policy
 from rlpost.recipe import Recipe
@@ -91,7 +93,7 @@ class Engines:
 
 def build(recipe: Recipe, world: World) -> Run:
     """Make every part; text is checked before anything is trained, and the generator takes its memory last."""
-    clock = Clock(torch.cuda.synchronize if world.device.type == "cuda" else None)
+    clock = Clock(torch.cuda.synchronize if world.device.type == "cuda" else None, gauge=gauge_of(world.device))
     with clock("setup"):
         train_tasks, eval_tasks = load_task_sets(recipe)
         rewards = bind_rewards(recipe.rewards)
@@ -112,7 +114,7 @@ def build(recipe: Recipe, world: World) -> Run:
             clock=clock,
             curriculum=curriculum,
             renderer=renderer,
-            generator=make_generator(recipe, model, renderer, train_tasks[0], world),
+            generator=make_generator(recipe, model, renderer, train_tasks[0], engine),
             sampling=sampling,
             rewards=rewards,
             packer=make_packer(recipe, world, model),
@@ -216,16 +218,18 @@ def make_engines(recipe: Recipe, model: Path, world: World) -> tuple[Engine, Ref
         reference = WithoutAdapters(trained)
     elif algorithm.kl.coef:
         reference = Frozen(load_policy(model, recipe.model), engine, **by_temperature)
-    if not with_critic:
-        return trained, reference, None
-    own = replace(engine, lr=algorithm.critic.lr or engine.lr)
-    values = load_value_model(model, recipe.model)
-    return trained, reference, Critic(values, own, total_updates=recipe.steps * a_step, **shared)
+    critic: Critic | None = None
+    if with_critic:
+        own = replace(engine, lr=algorithm.critic.lr or engine.lr)
+        critic = Critic(load_value_model(model, recipe.model), own, total_updates=recipe.steps * a_step, **shared)
+    others = [part.shelf for part in (reference, critic) if isinstance(part, Frozen | Critic)]
+    trained.parking = Parking(park_of(recipe, on_gpu=world.device.type == "cuda"), trained.shelf, others)
+    return trained, reference, critic
 
 
-def make_generator(recipe: Recipe, model: Path, renderer: Renderer, first_task: Task, world: World) -> Generator:
+def make_generator(recipe: Recipe, model: Path, renderer: Renderer, first_task: Task, engine: Engine) -> Generator:
     """The generator that the recipe names, with a canary cut from the first training prompt."""
-    tolerance = recipe.generator.canary_tolerance
+    tolerance, world = recipe.generator.canary_tolerance, engine.world
     assert tolerance is not None
     prompt_ids = renderer.prompt_ids(first_task)
     canary = Canary.of(canary_tokens(prompt_ids, len(renderer.tokenizer)), tolerance=tolerance, device=world.device)
@@ -235,7 +239,9 @@ def make_generator(recipe: Recipe, model: Path, renderer: Renderer, first_task: 
         return HfGenerator(recipe, renderer, canary, world)
     from rlpost.generate.local_vllm import LocalVllm
 
-    return LocalVllm(recipe, model, renderer, canary, world)
+    with engine.parking.making_room():
+        engine.parking.policy_was_sent()  # nothing of it is needed yet
+        return LocalVllm(recipe, model, renderer, canary, world)
 
 
 def evaluate_model(recipe: Recipe, world: World) -> dict[str, float]:
@@ -247,5 +253,5 @@ def evaluate_model(recipe: Recipe, world: World) -> dict[str, float]:
     if evaluator is None:
         raise RunError("tasks.eval must name the held-out problems (the recipe has none): add tasks.eval.path")
     engine, *_ = make_engines(recipe, model, world)
-    with closing(make_generator(recipe, model, renderer, eval_tasks[0], world)) as generator:
+    with closing(make_generator(recipe, model, renderer, eval_tasks[0], engine)) as generator:
         return evaluator(generator, engine)

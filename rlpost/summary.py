@@ -81,9 +81,13 @@ def write_summary(
     after: Mapping[str, float] | None,
     wall_s: float,
     phase_s: Mapping[str, float],
+    memory: Mapping[str, Any] | None,
     steps: int,
 ) -> dict[str, Any]:
-    """Write `run_dir/summary.json` and return what it says; a figure that is not finite becomes null."""
+    """Write `run_dir/summary.json` and return what it says; a figure that is not finite becomes null.
+
+    `memory` is what was measured (`of`) and the largest use in each phase (`peak_gib`, in GiB), if anything was.
+    """
     summary = {
         "name": recipe.name,
         "steps": steps,
@@ -94,6 +98,7 @@ def write_summary(
         "phase_s": {phase: round(seconds, 3) for phase, seconds in phase_s.items()},
         "phase_frac": phase_fractions(phase_s),
         "overhead_frac": overhead_frac(phase_s),
+        "memory": memory,
         "versions": versions(),
         "machine": machine(),
         "git_commit": git_commit(),

@@ -14,6 +14,7 @@ from rlpost.batch import documents_of, in_parts, make_batch, with_scores
 from rlpost.credit import credit
 from rlpost.document import Document
 from rlpost.errors import RunError, SharedError
+from rlpost.peak import fullest
 from rlpost.progress import Progress
 from rlpost.recipe import Recipe
 from rlpost.rollouts import gather
@@ -178,6 +179,7 @@ def save(run: Run, step: int) -> None:
 def finish(run: Run, progress: Progress) -> None:
     """Write and show the summary."""
     run.clock.lap()
+    peak_gib = fullest(run.world.all_gather_object(run.clock.total_peak_gib))
     if run.world.is_main:
         summary = write_summary(
             run.folder,
@@ -187,6 +189,7 @@ def finish(run: Run, progress: Progress) -> None:
             after=run.evals.get("after"),
             wall_s=sum(run.clock.total.values()),
             phase_s=run.clock.total,
+            memory={"of": run.clock.gauge.of, "peak_gib": peak_gib} if run.clock.gauge is not None else None,
             steps=run.recipe.steps,
         )
         progress.final(summary)

@@ -8,13 +8,26 @@ from __future__ import annotations
 import os
 import socket
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Longer than any phase in which one rank waits for another, such as the longest answer of a step."""
+
+
+class Ranks(Protocol):
+    """What balance and weights need of ranks, which may be groups of them."""
+
+    rank: int
+    size: int
+
+    def all_gather_object(self, item: Any) -> list[Any]:
+        """Every rank's `item`, in the order of ranks, on every rank."""
+
+    def max(self, value: int) -> int:
+        """The largest of an integer over all ranks."""
 
 
 class World:
@@ -25,6 +38,7 @@ class World:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        self._neighbours: dict[int, Any] = {}
 
     @property
     def is_main(self) -> bool:
@@ -52,6 +66,13 @@ class World:
         """Wait until every rank is here."""
         if self.size > 1:
             dist.all_reduce(torch.zeros(1))
+
+    def neighbours(self, size: int) -> Any:
+        """The process group of this rank among every `size` neighbouring ranks; every rank calls it."""
+        if size not in self._neighbours:
+            groups = [dist.new_group(list(range(at, at + size))) for at in range(0, self.size, size)]
+            self._neighbours[size] = groups[self.rank // size]
+        return self._neighbours[size]
 
     def all_gather_object(self, item: Any) -> list[Any]:
         """Every rank's `item`, in the order of ranks, on every rank."""

@@ -79,7 +79,7 @@ def length_mean(logp_BT, behavior_logp_BT, adv_BT, *, document_BT, mask_BT):
     trained_BT = (mask_BT & (document_BT >= 0)).float()
     return -adv_BT * logp_BT * trained_BT, {"row_tokens": trained_BT.sum(-1, keepdim=True).expand_as(logp_BT)}
 '''
-VARYING = ("unix_s", "time/", "sync/seconds")
+VARYING = ("unix_s", "time/", "sync/seconds", "sync/gb_per_s", "memory/")
 
 
 def make_lab(folder: Path) -> Path:
@@ -132,7 +132,7 @@ def train_here(lab: Path, world: World, name: str, *overrides: str) -> list[dict
     from rlpost.train import train as run
 
     own = [f"run_dir={lab / 'runs'}", f"name={name}", "generator.kind=hf", "tasks.eval=null", "save_every=0"]
-    run(load_and_check(lab / "tiny.yaml", [*own, *overrides]), world)
+    run(load_and_check(lab / "tiny.yaml", [*own, *overrides], world.size), world)
     return logged(lab, name)
 
 

@@ -14,8 +14,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(file for package in ("rlpost", "rewards", "curricula") for file in (ROOT / package).rglob("*.py"))
 AT_HOME = {
-    "vllm": {"rlpost/generate/local_vllm.py"},
-    "deepspeed": {"rlpost/engine.py", "rlpost/weights.py"},
+    "vllm": {
+        "rlpost/generate/local_vllm.py",
+        "rlpost/generate/vllm_features.py",
+        "rlpost/generate/weight_source.py",
+    },
+    "deepspeed": {"rlpost/engine.py", "rlpost/sequence_parallel.py"},
     "omegaconf": {"rlpost/recipe.py", "rlpost/yaml_tree.py"},
     "datasets": {"rlpost/sources.py"},
     "pyarrow": {"rlpost/sources.py"},

@@ -86,7 +86,7 @@ class Scores:
 
 def test_canary_reports_mean_and_largest_difference():
     canary, report = Canary.of((2, 3, 4, 5), tolerance=0.3, device=CPU), SyncReport()
-    canary.compare(Scores([-1.0, -2.0, -3.0]), [-1.0, -2.25, -3.5], report)
+    canary.compare(canary.trainer_logp(Scores([-1.0, -2.0, -3.0])), [-1.0, -2.25, -3.5], report)
     assert (report.canary_mean, report.canary_max) == (0.25, 0.5)
 
 
@@ -94,7 +94,7 @@ def test_canary_reports_mean_and_largest_difference():
 def test_t39_canary_stops_the_run_where_log_probs_differ(generator_logp):
     canary = Canary.of((2, 3, 4, 5), tolerance=0.3, device=CPU)
     with pytest.raises(RunError, match=r"generator\.canary_tolerance.* 0\.3 nats .*over 3 tokens"):
-        canary.compare(Scores([-1.0, -2.0, -3.0]), generator_logp, SyncReport())
+        canary.compare(canary.trainer_logp(Scores([-1.0, -2.0, -3.0])), generator_logp, SyncReport())
 
 
 def test_t28_canary_scores_every_token_but_the_first():

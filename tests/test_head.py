@@ -1,10 +1,13 @@
 """Log-probs and entropies in chunks against plain torch: values, gradients, and what is alive at once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from rlpost.head import Head, token_logp
+from tests.bench import logp
 
 N, D, V = 13, 6, 11
 
@@ -99,6 +102,54 @@ def test_t29_bfloat16_weights_give_float32_results_and_sums_over_chunks_are_not_
     assert float((many[3].double() - exact[3]).abs().max() / scale) < 0.02
 
 
+def exact_results(function, head, **options):
+    """Values and gradients with leaves in bfloat16, the logits of `function` float32 products of them."""
+
+    def in_float32(hidden, weight, bias, target, head):
+        if function is plain:
+            hidden, weight, bias = (None if one is None else one.float() for one in (hidden, weight, bias))
+        return function(hidden, weight, bias, target, head)
+
+    return results(in_float32, head, dtype=torch.bfloat16, n=64, **options)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_a_float32_head_has_values_and_gradients_of_plain_float32(name, bias, monkeypatch):
+    monkeypatch.setattr("rlpost.head.BLOCK", 4)  # three pieces of the vocabulary
+    head = replace(HEADS[name], exact=True)
+    ours, theirs = exact_results(token_logp, head, bias=bias), exact_results(plain, head, bias=bias)
+    for one, other in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    for one, other in zip(ours[2:], theirs[2:], strict=True):
+        assert one.dtype == torch.bfloat16
+        torch.testing.assert_close(one, other, rtol=2**-7, atol=1e-5)  # one rounding of the sum
+    rounded = exact_results(token_logp, HEADS[name], bias=bias)
+    assert not torch.allclose(rounded[0], theirs[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_float32_head_of_a_finer_model_changes_nothing():
+    ours, theirs = results(token_logp, Head(chunk=4, exact=True)), results(token_logp, Head(chunk=4))
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_a_float32_head_never_copies_the_whole_weight(monkeypatch):
+    monkeypatch.setattr("rlpost.head.BLOCK", 2)
+    copied = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and kwargs["dtype"] == torch.float32:
+                copied.append(tuple(args[0].shape))
+            return function(*args, **(kwargs or {}))
+
+    (hidden, weight, _), target, _ = case(dtype=torch.bfloat16)
+    with Watch():
+        token_logp(hidden, weight, None, target, Head(chunk=4, exact=True))
+    assert (2, D) in copied
+    assert max(rows for rows, _ in copied) <= 4
+
+
 def test_no_tokens_give_no_numbers_and_gradients_of_zero():
     hidden, weight = torch.zeros(0, D, requires_grad=True), torch.ones(V, D, requires_grad=True)
     logp, entropy = token_logp(hidden, weight, None, torch.zeros(0, dtype=torch.long), Head())
@@ -118,3 +169,19 @@ def test_only_a_chunk_of_logits_is_alive_at_once():
     with Watch():
         results(token_logp, Head(chunk=4, entropy_grad=True), dtype=torch.float32, n=400)
     assert max(largest) <= 400 * D + V * D < 400 * V
+
+
+def test_bench_compares_the_same_numbers_in_every_way():
+    case = logp.Case(tokens=2048, vocab=50, hidden=8, chunk=300)
+    found = logp.errors(case)
+    assert set(found) == {"plain", "trl", "chunked"}
+    assert all(error < 1e-5 for of in found.values() for error in of.values())
+    rounded = logp.errors(replace(case, dtype="bfloat16", ways=logp.IN_BFLOAT16))
+    assert rounded["float32 head"]["logp"] < 1e-6
+    assert rounded["chunked"]["logp"] > 1e-5
+    turn = {way: {"forward_s": 1.0, "backward_s": seconds, "peak_mib": 10.0 * seconds} for way, seconds in WAYS.items()}
+    logp.against_plain(turn)
+    assert (turn["chunked"]["time_frac"], turn["chunked"]["memory_frac"]) == (0.5, 1 / 3)
+
+
+WAYS = {"plain": 3.0, "chunked": 1.0}

@@ -205,6 +205,24 @@ def test_clock_resumes_exactly():
     assert resumed.total["train"] == first.total["train"] == 5.0
 
 
+def test_clock_keeps_the_peak_of_each_phase_of_a_step_and_of_the_run():
+    use = iter([5.0, 1.0, 4.0, 2.0, 3.0, 9.0, 6.0, 0.5])
+    clock = Clock(gauge=lambda: next(use))
+    with clock("train"), clock("sync"):
+        pass
+    lap = {name: gib for name, gib in clock.lap().items() if name.startswith("memory/")}
+    of_phase = {"memory/peak_gib/other": 5.0, "memory/peak_gib/train": 2.0, "memory/peak_gib/sync": 4.0}
+    assert lap == {"memory/peak_gib": 5.0, **of_phase}
+    with clock("train"):
+        pass
+    assert clock.lap()["memory/peak_gib/train"] == 6.0
+    assert clock.total_peak_gib == {"other": 9.0, "train": 6.0, "sync": 4.0}
+    resumed = Clock()
+    resumed.load_state_dict(clock.state_dict())
+    assert resumed.total_peak_gib == clock.total_peak_gib
+    assert metric_info("memory/peak_gib/train").reduction == "max"
+
+
 def test_clock_waits_for_the_device_at_each_change_of_phase():
     waits = []
     clock = Clock(synchronise=lambda: waits.append(1))

@@ -115,3 +115,38 @@ def test_prompts_are_shared_only_where_that_costs_less():
     # One row of 1 token prompts is as long either way: what stands alone needs no mask.
     assert not any(micro.shares_prompts for micro in sharing(60, 60).micros(answers(prompts=(1,))))
     assert not any(micro.shares_prompts for micro in replace(sharing(60, 60), share_prompts=False).micros(long))
+
+
+def lengths_of(lengths, prompt_tokens=4):
+    return [Document((1,) * prompt_tokens, (2,) * length, (0.0,) * length) for length in lengths]
+
+
+def narrow(hidden_size, micro_tokens=2048, row_tokens=512):
+    return Packer(micro_tokens, row_tokens, CPU, hidden_size=hidden_size, narrow_rows=True)
+
+
+def test_rows_are_narrow_where_attention_would_cost_more_than_they_save():
+    dice = random.Random(0)
+    documents = lengths_of([dice.randint(20, 90) for _ in range(200)])
+    packers = {"narrow": narrow(64), "wide": Packer(2048, 512, CPU, hidden_size=64)}
+    widest = {name: max(m.tokens_BT.shape[1] for m in packer.micros(documents)) for name, packer in packers.items()}
+    assert widest["narrow"] <= 128 and widest["wide"] > 500, widest
+
+
+def test_a_long_document_widens_no_row_of_short_ones():
+    documents = lengths_of([996, *([28] * 64)])
+    shapes = [micro.tokens_BT.shape for micro in narrow(64).micros(documents)]
+    assert shapes[0] == (1, 1000) and all(width <= 500 for _, width in shapes[1:]), shapes
+
+
+def test_narrow_rows_change_no_gradient():
+    documents, results, widths = answers(answers_each=12), [], []
+    for packer in (Packer(120, 100, CPU), narrow(2, 120, 100)):
+        policy, micros = tiny_policy(), packer.micros(documents)
+        for micro in micros:
+            (logp_and_entropy(policy, micro)[0] * micro.adv_BT).sum().backward()
+        widths.append(max(micro.tokens_BT.shape[1] for micro in micros))
+        results.append(gradients(policy))
+    assert widths[1] <= 64 < widths[0]
+    for name, grad in results[1].items():
+        torch.testing.assert_close(results[0][name], grad, rtol=1e-5, atol=1e-5 * grad.abs().max().item())

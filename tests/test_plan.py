@@ -125,7 +125,8 @@ def test_training_state_is_that_of_the_zero_stage(stage, bytes_a_parameter) -> N
 
 
 def test_gradient_bucket_is_held_by_stage_three_and_follows_its_setting() -> None:
-    overrides = ("model.dtype=bfloat16", "engine.deepspeed={zero_optimization: {reduce_bucket_size: 1000}}")
+    bucket = "engine.deepspeed={zero_optimization: {reduce_bucket_size: 1000}}"
+    overrides = ("model.dtype=bfloat16", "engine.park=none", bucket)
     for stage, held in ((1, (0, 0)), (2, (0, 2000)), (3, (2000, 2000))):
         plan = planned(*overrides, f"engine.zero_stage={stage}", device=DEVICES["h100"])
         assert plan.memory["gradient bucket"] == held
@@ -138,6 +139,24 @@ def test_offload_moves_master_copy_and_moments_off_a_gpu_only() -> None:
     on_gpu, on_cpu = planned(*overrides, device=DEVICES["a100"]), planned(*overrides)
     assert on_gpu.memory["moments"] == on_gpu.memory["master copy"] == (0, 0)
     assert on_cpu.memory["moments"] == (8 * 642_048,) * 2
+
+
+def test_what_is_parked_or_offloaded_takes_nothing_of_a_gpu_then() -> None:
+    overrides = ("model.dtype=bfloat16", "engine.zero_stage=3", "algorithm.kl.coef=0.01")
+    parts = ("weights", "gradients", "master copy", "moments", "gradient bucket", "reference")
+
+    def taken(*more, device=DEVICES["h100"]):
+        """Parts that are on the device while generating, and while training."""
+        memory = planned(*overrides, *more, device=device).memory
+        return [{part for part in parts if memory[part][place]} for place in (0, 1)]
+
+    everything, weights = set(parts), {"weights", "reference"}
+    assert taken() == taken("engine.park=optimizer") == [weights, everything]
+    assert taken("engine.park=none") == taken("generator.sleep_level=0") == [everything, everything]
+    assert taken("engine.park=all") == [set(), everything]
+    on_host = "engine.offload_optimizer=true", "engine.offload_params=true"
+    assert taken(*on_host) == [{"gradients", "gradient bucket"}] * 2
+    assert taken("engine.park=all", device=CPU) == [everything - {"gradient bucket"}] * 2
 
 
 def test_generator_takes_its_share_and_sleeps_on_a_gpu() -> None:
@@ -202,7 +221,7 @@ def test_reading_weights_bounds_a_large_model_with_few_answers() -> None:
 )
 def test_what_does_not_fit_names_the_key_to_change(overrides, memory_gib, ranks, key) -> None:
     gpu, small = replace(DEVICES["h100"], memory_gib=memory_gib), "{zero_optimization: {reduce_bucket_size: 1000}}"
-    overrides = ["model.dtype=bfloat16", f"engine.deepspeed={small}", *overrides]
+    overrides = ["model.dtype=bfloat16", "engine.park=none", f"engine.deepspeed={small}", *overrides]
     said = list(advice(planned(*overrides, device=gpu, ranks=ranks)))
     assert any("does not fit" in line and key in line for line in said), said
 
@@ -258,4 +277,4 @@ def test_bench_compares_the_plan_at_the_length_of_the_run(tmp_path) -> None:
     assert result["ratio"]["generated"] == 1
     seconds = step_of(plan, 30).seconds
     assert result["ratio"]["train"] == pytest.approx((seconds["train"] + seconds["optimizer"]) / 4.5)
-    assert "at length" in table(result)
+    assert f"| {result['ratio']['train']:.2f} |" in table({"here": result}).splitlines()[2]

@@ -201,6 +201,28 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=1e-6 * grad.abs().max().item())
 
 
+def test_offloaded_activations_change_no_gradient(tmp_path, monkeypatch):
+    """The way to a GPU's host, on a CPU: what saves there is counted, and pins nothing."""
+    tiny_llama().save_pretrained(tmp_path)
+    kept, plain = [], torch.autograd.graph.saved_tensors_hooks
+
+    def on_host(**_):
+        return plain(lambda x: kept.append(x.shape) or x.clone(), lambda x: x.clone())
+
+    monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", on_host)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    grads, micro = [], one_micro()
+    for on in (False, True):
+        recipe = Model(dtype="float32", attention="sdpa", gradient_checkpointing=True, offload_activations=on)
+        policy = load_policy(tmp_path, recipe)
+        logp_and_entropy(policy, micro)[0].sum().backward()
+        grads.append(gradients(policy))
+        inputs = [shape for shape in kept if shape == (*micro.tokens_BT.shape, 32)]
+        assert len(inputs) == (2 if on else 0)  # the input of each of the two layers
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_load_policy_reads_a_folder_in_the_asked_type(tmp_path, dtype):
     tiny_llama(tie=False).save_pretrained(tmp_path)

@@ -23,6 +23,7 @@ SUMMARY = {
     "phase_s": {"generate": 6.0, "train": 3.0, "sync": 1.0, "setup": 9.0},
     "phase_frac": {"generate": 0.6, "train": 0.3, "sync": 0.1},
     "overhead_frac": 0.1,
+    "memory": {"of": "device memory", "peak_gib": {"generate": 70.126, "setup": 1.0}},
 }
 
 
@@ -90,9 +91,17 @@ def test_final_shows_before_and_after_and_where_time_went():
     rows = [line.replace("│", " ").split() for line in shown.file.getvalue().splitlines()]
     assert ["eval/pass@1", "0.250", "0.500", "+0.250"] in rows
     assert ["eval/[level]", "2", "-", "-"] in rows
-    assert ["generate", "6.0", "s", "60.0%"] in rows
-    assert ["setup", "9.0", "s"] in rows
+    assert ["generate", "6.0", "s", "60.0%", "70.13"] in rows
+    assert ["setup", "9.0", "s", "1.00"] in rows
+    assert ["train", "3.0", "s", "30.0%"] in rows
+    assert ["peak:", "device", "memory"] in rows
     assert ["overhead", "of", "a", "step", "10.0%"] in rows
+
+
+def test_without_a_gauge_final_speaks_of_time_alone():
+    shown = console()
+    Progress(Recipe(name="run"), World(), 3, console=shown).final(SUMMARY | {"memory": None})
+    assert "GiB" not in shown.file.getvalue() and "peak" not in shown.file.getvalue()
 
 
 def test_duration_reads_as_a_clock():

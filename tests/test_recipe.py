@@ -247,6 +247,8 @@ SFT = [f"sft.tasks.path={SUMS}", f"sft.tasks.config={CONFIG}", "sft.tasks.soluti
         (["model.init.hidden_size=130"], "model.init.hidden_size must be a multiple of model.init.num_heads"),
         (["model.init.hidden_size=160"], "model.init.hidden_size / model.init.num_heads must be one of 32, 64"),
         (["model.init.num_kv_heads=3"], "model.init.num_heads must be a multiple of model.init.num_kv_heads"),
+        (["engine.sequence_parallel=0"], "engine.sequence_parallel must be > 0 (got 0)"),
+        (["model.offload_activations=true"], "model.offload_activations needs model.gradient_checkpointing=true (got"),
         (["model.attention=flash_attention_2"], "model.attention=flash_attention_2 must have model.dtype=bfloat16"),
         (["tasks.train=none.jsonl"], "tasks.train.path: the file none.jsonl does not exist"),
         (["tasks.train.config.sise=3"], "tasks.train.config.sise: `rlpost.testbed:chain_sums` has no such parameter"),

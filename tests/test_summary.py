@@ -9,6 +9,7 @@ from rlpost.recipe import Recipe
 from rlpost.summary import git_commit, overhead_frac, phase_fractions, versions, write_summary
 
 PHASES = {"setup": 30.0, "generate": 6.0, "train": 3.0, "sync": 0.75, "other": 0.25, "evaluate": 5.0}
+MEMORY = {"of": "device memory", "peak_gib": {"train": 61.5, "generate": 70.0}}
 
 
 def test_summary_holds_what_is_needed_to_compare_runs(tmp_path):
@@ -21,6 +22,7 @@ def test_summary_holds_what_is_needed_to_compare_runs(tmp_path):
         after=after,
         wall_s=45.0,
         phase_s=PHASES,
+        memory=MEMORY,
         steps=7,
     )
     read = json.loads((tmp_path / "summary.json").read_text())
@@ -29,14 +31,14 @@ def test_summary_holds_what_is_needed_to_compare_runs(tmp_path):
     assert read["eval"]["after"] == {"pass@1": None}
     assert (read["name"], read["seed"], read["steps"], read["wall_s"]) == ("quick", 3, 7, 45.0)
     assert read["recipe"]["sampling"]["group_size"] == 8
-    assert read["phase_s"] == PHASES
+    assert read["phase_s"] == PHASES and read["memory"] == MEMORY
     assert read["overhead_frac"] == 0.1
     assert read["machine"]["cores"] >= 1 and isinstance(read["machine"]["gpus"], list) and read["machine"]["cpu"]
 
 
 def test_a_run_without_evaluation_says_so(tmp_path):
     summary = write_summary(
-        tmp_path, recipe=Recipe(), seeds=[0], before=None, after=None, wall_s=1.0, phase_s={}, steps=0
+        tmp_path, recipe=Recipe(), seeds=[0], before=None, after=None, wall_s=1.0, phase_s={}, memory=None, steps=0
     )
     assert summary["eval"] == {"before": None, "after": None}
     assert summary["overhead_frac"] == 0.0

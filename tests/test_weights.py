@@ -3,7 +3,7 @@ import torch
 from ranks import run_ranks
 from tiny import tiny_llama, tiny_policy
 
-from rlpost.adapter import add_adapters
+from rlpost.adapter import adapters_off, add_adapters
 from rlpost.engine import Engine
 from rlpost.export import write_adapter
 from rlpost.policy import Policy
@@ -32,10 +32,38 @@ def test_stream_says_whether_it_was_read_to_the_end():
     assert stream.done
 
 
+def test_a_stream_can_be_read_again_and_gives_the_weights_as_they_are_then():
+    policy = tiny_policy()
+    stream = WeightStream(policy, bucket_bytes=5000)
+    first = {name: tensor.clone() for name, tensor in stream}
+    with torch.no_grad():
+        policy.model.model.norm.weight[0] += 3.0
+    again = dict(stream)
+    assert float(again["model.norm.weight"][0] - first["model.norm.weight"][0]) == 3.0
+    assert stream.num_tensors == len(again) == len(first)
+
+
+@pytest.mark.parametrize("make", ["tied", "untied", "gpt2", "adapters"])
+def test_metadata_is_what_is_streamed(make):
+    model = MODELS.get(make, tiny_llama)()
+    policy = adapted(model, torch.bfloat16) if make == "adapters" else Policy(model, logp_chunk=64)
+    stream = WeightStream(policy, bucket_bytes=5000)
+    assert stream.metadata() == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in stream]
+
+
+def test_a_stream_merges_adapters_as_strong_as_they_are_at_each_pass():
+    policy = adapted(tiny_llama())
+    stream = WeightStream(policy, bucket_bytes=5000)
+    base = {name: param.detach() for name, param in tiny_llama().named_parameters()}
+    with adapters_off(policy):
+        assert all(torch.equal(tensor, base[name]) for name, tensor in stream)
+    assert not all(torch.equal(tensor, base[name]) for name, tensor in stream)
+
+
 @pytest.mark.parametrize("bucket_bytes", [1, 3000, 5000, 1 << 20])
 def test_buckets_hold_every_weight_in_order_and_stay_within_their_size(bucket_bytes):
     policy = tiny_policy()
-    buckets = list(WeightStream(policy, bucket_bytes=bucket_bytes)._buckets())
+    buckets = WeightStream(policy, bucket_bytes=bucket_bytes).buckets
     names = [part.name for bucket in buckets for part in bucket]
     assert names == [name for name, _ in policy.model.named_parameters()]
     for bucket in buckets:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from rlpost.document import Document
 from rlpost.errors import RunError
@@ -21,13 +22,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class SyncReport:
-    """What the last weight sync moved and what the canary saw."""
+    """What the last weight sync moved and what the canary saw.
+
+    >>> SyncReport(seconds=0.5, num_bytes=10**9).gb_per_s
+    2.0
+    """
 
     seconds: float = 0.0
+    """From the first gather until the generator has all weights: without its waking up and without the canary."""
     num_bytes: int = 0
     canary_mean: float = math.nan
     """Mean |trainer - generator| log-prob over the canary's tokens, in nats."""
     canary_max: float = math.nan
+
+    @property
+    def gb_per_s(self) -> float:
+        """Rate of the last sync, in 10^9 bytes a second; 0 before the first."""
+        return self.num_bytes / self.seconds / 1e9 if self.seconds else 0.0
 
 
 CANARY_MIN, CANARY_MAX = 16, 64
@@ -67,11 +78,14 @@ class Canary:
         micro = Packer(len(token_ids), len(token_ids), device).micro([[document]])
         return cls(tuple(token_ids), tolerance, micro)
 
-    def compare(self, engine: Engine, generator_logp: Sequence[float], report: SyncReport) -> None:
+    @torch.no_grad()
+    def trainer_logp(self, engine: Engine) -> Tensor:
+        """The trainer's log-prob `[T]` of each token but the first, float64, while its weights are on the device."""
+        logp_BT, _ = engine.token_logp(self.micro, temperature=1.0)  # as vLLM scores a prompt, whatever is sampled
+        return logp_BT[0, :-1].double().cpu()
+
+    def compare(self, trainer_T: Tensor, generator_logp: Sequence[float], report: SyncReport) -> None:
         """Write the difference into the report; stop the run where its mean is above the tolerance."""
-        with torch.no_grad():
-            logp_BT, _ = engine.token_logp(self.micro, temperature=1.0)  # as vLLM scores a prompt, whatever is sampled
-        trainer_T = logp_BT[0, :-1].double().cpu()
         diff_T = (trainer_T - torch.tensor(generator_logp, dtype=torch.float64)).abs()
         report.canary_mean, report.canary_max = float(diff_T.mean()), float(diff_T.max())
         if not report.canary_mean <= self.tolerance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -37,11 +38,14 @@ class HfGenerator:
     @contextmanager
     def awake(self, engine: Engine, version: int) -> Iterator[None]:
         """Copy the engine's weights, prove that they arrived, and let the body generate."""
-        if version != self.version:
-            self._sync(engine)
-            self.version = version
-        self.canary.compare(engine, self._score(), self.report)
-        yield
+        with engine.parking.making_room():
+            if version != self.version:
+                self._sync(engine)
+                self.version = version
+            trainer_T = self.canary.trainer_logp(engine)
+            engine.parking.policy_was_sent()
+            self.canary.compare(trainer_T, self._score(), self.report)
+            yield
 
     def close(self) -> None:
         """Let go of the model."""
@@ -53,12 +57,13 @@ class HfGenerator:
             self.model = type(trained)(trained.config).to(self.world.device).eval()
             for param in self.model.parameters():  # and no buffer: rotary frequencies stay in float32
                 param.data = param.data.to(trained.dtype)
+        started = time.perf_counter()
         stream = WeightStream(engine.deepspeed.module, bucket_bytes=self.bucket_bytes)
         own = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, tensor in stream:
                 own[name].copy_(tensor)
-        self.report.num_bytes = stream.num_bytes
+        self.report.num_bytes, self.report.seconds = stream.num_bytes, time.perf_counter() - started
 
     @torch.no_grad()
     def _score(self) -> list[float]:

@@ -1,4 +1,4 @@
-"""vLLM in the trainer's process: one engine a rank. The only file that knows vLLM's Python interface.
+"""vLLM in the trainer's process: one engine a rank.
 
 The engine starts with dummy weights: until a sync has pushed the policy's, and the canary has proved it, there is
 nothing sensible to sample from, so a sync that fails cannot hide behind weights read from disk.
@@ -10,7 +10,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,9 @@ import torch
 
 from rlpost.errors import RunError
 from rlpost.generate.base import Canary, SyncReport
+from rlpost.generate.vllm_features import loads_in_place, probe
 from rlpost.types import FinishReason, Request, Rollout, Sampling
-from rlpost.weights import WeightStream
+from rlpost.weights import Weights, WeightStream
 
 if TYPE_CHECKING:
     from rlpost.engine import Engine
@@ -38,9 +39,11 @@ class LocalVllm:
         self.bucket_bytes = recipe.engine.sync_bucket_mib << 20
         self.report = SyncReport()
         self.version: int | None = None
+        self._stream: WeightStream | None = None
         self._can_sleep = world.device.type == "cuda" and recipe.generator.sleep_level > 0
         self._asleep = False
         self.llm = _start(recipe, folder, renderer.context, world)
+        self._sleep()  # until the first `awake` nothing is generated, and the trainer wants its memory back
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         """All rollouts of all requests; one vLLM call."""
@@ -61,30 +64,45 @@ class LocalVllm:
     @contextmanager
     def awake(self, engine: Engine, version: int) -> Iterator[None]:
         """Push the engine's weights, prove that they arrived, let the body generate, and sleep where possible."""
-        started = time.perf_counter()
-        if self._asleep:
-            self.llm.wake_up(tags=["weights"])
-        if version != self.version or self.recipe.sleep_level == 2:
-            self._sync(engine)
-            self.version = version
-        if self._asleep:
-            self.llm.wake_up(tags=["kv_cache"])
-            self._asleep = False
-        self.canary.compare(engine, self._score(self.canary.token_ids), self.report)
-        self.report.seconds = time.perf_counter() - started
-        yield
+        with engine.parking.making_room(), self._asleep_after():
+            if self._asleep:
+                self.llm.wake_up(tags=["weights"])
+            if version != self.version or self.recipe.sleep_level == 2:
+                self._sync(engine)
+                self.version = version
+            trainer_T = self.canary.trainer_logp(engine)
+            engine.parking.policy_was_sent()
+            if self._asleep:
+                self.llm.wake_up(tags=["kv_cache"])
+                self._asleep = False
+            self.canary.compare(trainer_T, self._score(self.canary.token_ids), self.report)
+            yield
+
+    @contextmanager
+    def _asleep_after(self) -> Iterator[None]:
+        """Sleep after the block, also where it fails: what is parked must have room to come back and be saved."""
+        try:
+            yield
+        finally:
+            self._sleep()
+
+    def _sleep(self) -> None:
         if self._can_sleep:
             self.llm.sleep(level=self.recipe.sleep_level)
             self._asleep = True
 
     def _sync(self, engine: Engine) -> None:
-        stream = WeightStream(engine.deepspeed.module, bucket_bytes=self.bucket_bytes)
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(stream)})
-        if not stream.done:
+        started = time.perf_counter()
+        if self._stream is None or self._stream.policy is not engine.deepspeed.module:
+            self._stream = WeightStream(engine.deepspeed.module, bucket_bytes=self.bucket_bytes)
+        with closing(iter(self._stream)) as weights:  # vLLM may fail here alone: the other ranks wait for this one
+            self.llm.collective_rpc(_load, args=(weights,))
+        if not self._stream.done:
             raise RunError("generator: vLLM must take every weight of the policy (it stopped early): report this model")
-        self.llm.collective_rpc(_repack_tied_head)
         self.llm.reset_prefix_cache()
-        self.report.num_bytes = stream.num_bytes
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.report.num_bytes, self.report.seconds = self._stream.num_bytes, time.perf_counter() - started
 
     def close(self) -> None:
         """Give back memory and process groups, while the process group of the ranks is still there."""
@@ -98,8 +116,20 @@ class LocalVllm:
         return [table[token].logprob for token, table in zip(token_ids[1:], answer.prompt_logprobs[1:], strict=True)]
 
 
-def _repack_tied_head(worker: Any) -> None:
-    """On a CPU vLLM multiplies by a packed copy of the head, which a reload leaves as it was where the head is tied."""
+def _load(worker: Any, weights: Weights) -> None:
+    """Take all weights: in place where their layout allows it, else by vLLM's own reload, layer by layer."""
+    if not loads_in_place(worker):
+        worker.reload_weights(weights_iterator=weights)
+    else:
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(worker.vllm_config), torch.no_grad():
+            worker.model_runner.get_model().load_weights(weights)
+    _repack_head(worker)
+
+
+def _repack_head(worker: Any) -> None:
+    """On a CPU vLLM multiplies by a packed copy of the head, which neither way renews where the head is tied."""
     head: Any = getattr(worker.model_runner.get_model(), "lm_head", None)
     if hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)
@@ -114,9 +144,16 @@ def _start(recipe: Recipe, folder: Path, context: int, world: World) -> Any:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer shares these cores
     from vllm import LLM
 
+    features = probe()
+    features.need("reload_from_iterator", "processed_logprobs", use="generator.kind=local_vllm")
+    if on_cpu:
+        features.need("kv_cache_memory_bytes", use="generator.kv_cache_gib")
+    elif recipe.generator.sleep_level:
+        features.need("sleep_levels", use=f"generator.sleep_level={recipe.generator.sleep_level}")
     arguments: dict[str, Any] = {
         "model": str(folder),
         "dtype": recipe.model.dtype,
+        "hf_overrides": {"head_dtype": recipe.model.head_dtype} if recipe.model.head_dtype else None,
         "load_format": "dummy",
         "max_model_len": context,
         "max_num_seqs": recipe.generator.max_num_seqs,

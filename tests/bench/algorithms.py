@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from rlpost.algorithms import ALGORITHMS
+from tests.bench import runs
 
 RECIPE = "recipes/quickstart.yaml"
 A_QUARTER = "engine.lr=1.25e-4"
@@ -39,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     shared = [*options.overrides, f"run_dir={options.out}", f"steps={options.steps}"]
     with ThreadPoolExecutor(options.side_by_side) as pool:
-        list(pool.map(lambda seed: rlpost("sft", [*shared, f"seed={seed}"]), options.seeds))
+        list(pool.map(lambda seed: runs.rlpost("sft", RECIPE, [*shared, f"seed={seed}"], threads=1), options.seeds))
         jobs = [(name, seed) for seed in options.seeds for name in options.algorithms]
         results = list(pool.map(lambda job: measure(*job, options.out, shared), jobs))
     (options.out / "algorithms.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -51,7 +49,12 @@ def measure(name: str, seed: int, out: Path, shared: Sequence[str]) -> dict[str,
     folder = out / f"{name}-{seed}"
     if not (folder / "summary.json").exists():
         mine = [f"name={folder.name}", f"seed={seed}", f"algorithm.name={name}", *SETTINGS.get(name, [])]
-        rlpost("train", [*shared, *mine, "save_every=0", "logging.tensorboard=false", "evaluation.by=null"])
+        runs.rlpost(
+            "train",
+            RECIPE,
+            [*shared, *mine, "save_every=0", "logging.tensorboard=false", "evaluation.by=null"],
+            threads=1,
+        )
     summary = json.loads((folder / "summary.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "reward/mean" in line]
@@ -68,14 +71,6 @@ def measure(name: str, seed: int, out: Path, shared: Sequence[str]) -> dict[str,
         "versions": summary["versions"],
         "git_commit": summary["git_commit"],
     }
-
-
-def rlpost(command: str, overrides: Sequence[str]) -> None:
-    """Run one command on the recipe, on one thread."""
-    arguments = [sys.executable, "-m", "rlpost", command, RECIPE, *overrides]
-    print("$", " ".join(arguments[1:]), file=sys.stderr, flush=True)
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(arguments, stdout=subprocess.DEVNULL, env=alone, check=True)
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:

@@ -60,8 +60,8 @@ def measure(recipe: Recipe, world: World, rounds: int) -> dict[str, Any]:
     folder = model_folder(recipe, world)
     renderer = make_renderer(recipe, folder)
     sampling = training_sampling(recipe, tasks, renderer)
-    engine, _ = make_engines(recipe, folder, world)
-    generator = make_generator(recipe, folder, renderer, tasks[0], world)
+    engine, *_ = make_engines(recipe, folder, world)
+    generator = make_generator(recipe, folder, renderer, tasks[0], engine)
     assert isinstance(generator, LocalVllm)
     requests = [
         Request(i, task, renderer.prompt_ids(task), recipe.sampling.group_size, request_seed(recipe.seed, i))

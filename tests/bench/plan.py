@@ -40,15 +40,26 @@ def main() -> None:
     parser.add_argument("--device", choices=[*DEVICES, "cpu"])
     parser.add_argument("--out", type=Path, default=Path("runs/bench-plan/plan.json"))
     options = parser.parse_args()
-    recipe = load(options.run / "recipe.yaml")
-    tasks, _ = load_task_sets(recipe, offline=True)
-    device = find_device(options.device, recipe.model.dtype, ranks=options.ranks)
-    plan = make_plan(recipe, device, tasks, ranks=options.ranks)
-    result = compare(plan, measured(options.run / "metrics.jsonl"))
+    result = compare_run(options.run, options.device, options.ranks)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(table(result))
-    print(json.dumps(result["ratio"]))
+    print(table({str(options.run): result}))
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Every finished run of a folder, on this machine and one rank."""
+    found = sorted(file.parent for file in folder.glob("*/summary.json"))
+    if not found:
+        raise RunError(f"{folder} must hold a finished run: measure `trl` first")
+    return {run.name: compare_run(run, None, 1) for run in found}
+
+
+def compare_run(run: Path, device_name: str | None, ranks: int) -> dict[str, Any]:
+    """What is predicted for a run's recipe, beside what the run measured."""
+    recipe = load(run / "recipe.yaml")
+    tasks, _ = load_task_sets(recipe, offline=True)
+    device = find_device(device_name, recipe.model.dtype, ranks=ranks)
+    return compare(make_plan(recipe, device, tasks, ranks=ranks), measured(run / "metrics.jsonl"))
 
 
 def measured(file: Path) -> dict[str, float]:
@@ -88,17 +99,19 @@ def predicted(plan: Plan, step: Step) -> dict[str, float]:
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result, to read."""
-    lines = [
-        f"{result['recipe']} on {result['device']}",
-        f"{'':<14}{'run':>12}{'planned':>12}{'at length':>12}{'ratio':>8}",
-    ]
-    for name in MEASURED:
-        values = "".join(f"{result[which][name]:>12.4g}" for which in ("measured", "planned", "at length"))
-        ratio = f"{result['ratio'][name]:>8.2f}" if name in result["ratio"] else f"{'-':>8}"
-        lines.append(f"{name:<14}{values}{ratio}")
-    return "\n".join([*lines, "seconds of a phase and tokens: medians; ratio: at length over run"])
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown: medians of the run, and predictions at the run's own length of answers."""
+    lines = ["| run | tokens of an answer: run | planned |", "|---|---|---|"]
+    for name in ("generate", "score", "train"):
+        lines[0] += f" {name} s: run | predicted | ratio |"
+        lines[1] += "---|---|---|"
+    for run, one in results.items():
+        cells = [run, f"{one['measured']['completion']:.0f}", f"{one['planned']['completion']:.0f}"]
+        for name in ("generate", "score", "train"):
+            ratio = f"{one['ratio'][name]:.2f}" if name in one["ratio"] else "-"
+            cells += [f"{one['measured'][name]:.2f}", f"{one['at length'][name]:.2f}", ratio]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "Ratio: predicted, at the run's own length of answers, over measured."])
 
 
 if __name__ == "__main__":

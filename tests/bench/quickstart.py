@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from rlpost.metrics import OUTSIDE_STEP
+from tests.bench import runs
 
 RECIPE = "recipes/quickstart.yaml"
 FRESH = 1000
@@ -43,7 +42,7 @@ def main() -> None:
 def measure(folder: Path, overrides: list[str]) -> dict[str, Any]:
     """One seed: base, GRPO, and the control."""
     started = time.monotonic()
-    rlpost("train", [*overrides, "name=grpo"])
+    runs.rlpost("train", RECIPE, [*overrides, "name=grpo"])
     seconds = time.monotonic() - started
     summary = json.loads((folder / "grpo" / "summary.json").read_text())
     grpo_s = sum(spent for phase, spent in summary["phase_s"].items() if phase not in OUTSIDE_STEP)
@@ -71,8 +70,9 @@ def train_control(folder: Path, overrides: list[str], sft: dict[str, Any], secon
     first, last = log_ends(base)
     pace_s = (last["unix_s"] - first["unix_s"]) / (last["step"] - first["step"])
     demonstrations = sft["tasks"]["config"]
-    output = rlpost(
+    output = runs.rlpost(
         "sft",
+        RECIPE,
         [
             *overrides,
             *other_model(base),
@@ -90,7 +90,7 @@ def train_control(folder: Path, overrides: list[str], sft: dict[str, Any], secon
 
 def evaluate(overrides: list[str], model: Path) -> dict[str, float]:
     """Held-out figures of another model, by the same evaluation."""
-    output = rlpost("eval", [*overrides, *other_model(model), "sft=null"])
+    output = runs.rlpost("eval", RECIPE, [*overrides, *other_model(model), "sft=null"])
     return json.loads(output[output.index("{\n") :])
 
 
@@ -103,13 +103,6 @@ def log_ends(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """First and last line of a model's training log."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return json.loads(lines[0]), json.loads(lines[-1])
-
-
-def rlpost(command: str, overrides: list[str]) -> str:
-    """Run one command on the recipe, and return what it printed."""
-    arguments = [sys.executable, "-m", "rlpost", command, RECIPE, *overrides]
-    print("$", " ".join(arguments[1:]), file=sys.stderr, flush=True)
-    return subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def table(results: list[dict[str, Any]]) -> str:
