@@ -3,6 +3,9 @@ import os
 import pytest
 import torch
 
+from rlpost.__main__ import quiet
+
+quiet()  # as in a process of its own: libraries read this when they are imported, which here is long before `main`
 torch.set_num_threads(1)
 
 
