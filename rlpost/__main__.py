@@ -70,6 +70,16 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--adapter", action="store_true", help="only the adapters of model.lora, as a folder of peft")
     command.add_argument("--checkpoint", type=Path, help="another than the newest, such as RUN/checkpoints/step-000010")
     command.set_defaults(run=export)
+    what = "hints for the training tasks, written by a model, for `explore: [{use: guide, source: file, path: ...}]`"
+    command = commands.add_parser("hints", help=what, description=what)
+    command.add_argument("recipe", help="a YAML file")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.path=FOLDER")
+    command.add_argument("--out", type=Path, default=Path("hints.jsonl"), help="(default: hints.jsonl)")
+    command.add_argument("--levels", type=int, choices=(1, 2, 3), default=3, help="hints a task, from weak to strong")
+    command.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server, such as http://HOST:8000/v1")
+    command.add_argument("--model", help="the model's name there (default: the recipe's own model, in this process)")
+    command.add_argument("--chunk", type=int, default=64, help="tasks that are asked for at once")
+    command.set_defaults(run=hints)
     what = "the table of algorithms, or one of them as a section to paste into a recipe"
     command = commands.add_parser("algorithms", help=what, description=what)
     command.add_argument("name", nargs="?", type=algorithm_name, metavar="NAME", help="such as dapo")
@@ -176,6 +186,27 @@ def export(options: argparse.Namespace) -> None:
 
     asked = {"checkpoint": options.checkpoint, "to": options.to, "adapter": options.adapter}
     print(f"model: {export_run(options.run_folder, World(), **asked)}")
+
+
+def hints(options: argparse.Namespace) -> None:
+    """`rlpost hints`."""
+    from rlpost.tasks import load_task_sets
+    from rlpost.world import World
+    from rlpost.write_hints import ask_endpoint, hints_of_recipe, write_hints
+
+    recipe = checked(options)
+    how = {"levels": options.levels, "chunk": options.chunk}
+    if bool(options.endpoint) != bool(options.model):
+        raise RunError("--endpoint and --model belong together (got one): name the server and the model that it serves")
+    if options.endpoint:
+        tasks, _ = load_task_sets(recipe)
+        num = write_hints(tasks, ask_endpoint(options.endpoint, options.model), options.out, **how)
+    else:
+        world = World()
+        found: list[int] = []
+        with_world(lambda world: found.append(hints_of_recipe(recipe, world, options.out, **how)), world)
+        [num] = found
+    print(f"hints: {options.out} ({num} tasks are new)")
 
 
 def algorithms(options: argparse.Namespace) -> None:
