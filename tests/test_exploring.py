@@ -104,8 +104,8 @@ class SecondLook:
         return {"needed": float(len(self.needed))}
 '''
 BOTH = (
-    "explore=[{use: 'mylab.explorers:SecondLook'}, {use: guide, remember: true, n: 2, source: solution, levels: [0.5, -1], "
-    "separator: ';', template: '{hint}#{prompt}'}]"
+    "explore=[{use: 'mylab.explorers:SecondLook'}, {use: guide, remember: true, n: 2, source: solution, "
+    "levels: [0.5, -1], separator: ';', template: '{hint}#{prompt}'}]"
 )
 
 

@@ -95,7 +95,7 @@ def command(tmp_path, *more):
 def test_hints_come_from_an_endpoint(endpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert command(tmp_path, "--endpoint", endpoint, "--model", "any", "--levels", "1") == 0
-    assert [hints for hints in read_hints(tmp_path / "hints.jsonl").values()] == [["alone."]] * 3
+    assert list(read_hints(tmp_path / "hints.jsonl").values()) == [["alone."]] * 3
     assert "(3 tasks are new)" in capsys.readouterr().out
     monkeypatch.setattr(Chat, "broken", True)
     (tmp_path / "hints.jsonl").unlink()
