@@ -67,14 +67,13 @@ def test_what_a_sampled_group_trains_is_what_it_is_told_to(here) -> None:
         assert 0 < line["tokens/trained"] < line["tokens/generated"] - line["tokens/discarded"] + 1
 
 
-def test_chunks_are_the_rollouts_of_one_request(here) -> None:
+def test_chunks_are_the_rollouts_of_one_request(lab) -> None:
     """Where every rollout has its own seed, a group in chunks is the group that one request gives."""
-    seeds = ["generator.seeding=request", SOME_SEVENS, "steps=1"]
-    vllm = [*seeds, "generator.kind=local_vllm", "evaluation.n=1"]
-    whole = here("whole", *vllm, "sampling.group_size=8")
-    chunks = here("chunks", *vllm, "explore=[{use: broaden, width: 8, chunk: 2}]")
+    asked = ["generator.seeding=request", SOME_SEVENS, "steps=1", "tasks.eval=null", "save_every=0"]
+    [whole] = train(lab, "whole", *asked, "sampling.group_size=8")
+    [chunks] = train(lab, "chunks", *asked, "explore=[{use: broaden, width: 8, chunk: 2}]")
     for key in ("reward/mean", "reward/std", "tokens/generated", "policy/loss", "optim/grad_norm"):
-        assert chunks[0][key] == pytest.approx(whole[0][key], rel=1e-4), key
+        assert chunks[key] == pytest.approx(whole[key], rel=1e-4), key
 
 
 OWN = '''

@@ -3,8 +3,9 @@
     python -m tests.bench.exploration hints --seeds 51 52 53 54 55
     python -m tests.bench.exploration width --seeds 51 52 53 54 55
 
-`hints`: sums of 6 to 8 terms, of which the base has only seen shorter ones alone and long ones behind a hint. `width`: the
-quickstart's sums after N = 8 has trained until it stops; from there N = 8 to 512, at equal steps and at equal rollouts.
+`hints`: sums of 6 to 8 terms, of which the base has only seen shorter ones alone and long ones behind a hint.
+`width`: the quickstart's sums after N = 8 has trained until it stops; from there N = 8 to 512, at equal steps and at
+equal rollouts.
 Runs go two at a time with one thread each. What is in `--out` already is not run again.
 """
 
