@@ -36,8 +36,10 @@ MATHEMATICS = (
     "lengths",
     "losses",
     "masked",
+    "mass_balance",
     "mismatch",
     "reference",
+    "subsample",
 )
 LIGHT = [
     "recipe",
@@ -102,7 +104,7 @@ def test_mathematics_needs_torch_only() -> None:
 
 
 def test_mathematics_knows_no_recipe_and_no_ranks() -> None:
-    standard = {"__future__", "collections", "dataclasses", "enum", "math", "torch", "typing"}
+    standard = {"__future__", "collections", "dataclasses", "enum", "itertools", "math", "random", "torch", "typing"}
     for name in MATHEMATICS:
         text = (ROOT / f"rlpost/{name}.py").read_text()
         ours = set(re.findall(r"from rlpost\.(\w+) import", text))
