@@ -112,7 +112,7 @@ def of_group(
     judged.sort(key=lambda rollout: rollout[0])
     written = _shared_part([ids for ids, _, _ in judged], [logp for _, logp, _ in judged])
     passed_E = torch.tensor([passed for _, _, passed in judged], dtype=torch.float64)[written.row_E]
-    return _balance(written, passed_E, num_tokens=sum(len(ids) for ids, _, _ in judged))
+    return _balance(written, passed_E, total_length=sum(len(ids) for ids, _, _ in judged))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ def _shared_part(ids: Sequence[tuple[int, ...]], logp: Sequence[Sequence[float]]
     return _Written(row_E[kept_E], state_E[kept_E], token_E[kept_E], logp_E[kept_E].exp())
 
 
-def _balance(written: _Written, passed_E: Tensor, *, num_tokens: int) -> Balance:
+def _balance(written: _Written, passed_E: Tensor, *, total_length: int) -> Balance:
     """The means over the states."""
     _, state_E, n_S = torch.unique_consecutive(written.state_E, return_inverse=True, return_counts=True)
     _, token_E, n_K = torch.unique_consecutive(written.token_E, return_inverse=True, return_counts=True)
@@ -164,7 +164,7 @@ def _balance(written: _Written, passed_E: Tensor, *, num_tokens: int) -> Balance
         float((x_S * weight_S).sum() / weight_S.sum())
         for x_S in (correct_S, incorrect_S, unsampled_S, q_S, s_S, mixed_S)
     )
-    shared_frac = float(weight_S.sum()) / num_tokens if num_tokens else math.nan
+    shared_frac = float(weight_S.sum()) / total_length if total_length else math.nan
     return Balance(Terms(*terms), mixed, num_states=int((weight_S > 0).sum()), shared_frac=shared_frac)
 
 

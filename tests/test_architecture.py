@@ -24,7 +24,8 @@ AT_HOME = {
     "datasets": {"rlpost/sources.py"},
     "pyarrow": {"rlpost/sources.py"},
     "reasoning_gym": {"rlpost/sources.py"},
-    "rich": {"rlpost/catalogue.py", "rlpost/progress.py", "rlpost/samples.py"},
+    "matplotlib": {"rlpost/simulate/brorl.py"},
+    "rich": {"rlpost/catalogue.py", "rlpost/progress.py", "rlpost/samples.py", "rlpost/simulate/brorl.py"},
     "wandb": {"rlpost/trackers.py"},
 }
 HEAVY = ("torch", "vllm", "deepspeed", "transformers", "datasets", "pyarrow", "reasoning_gym")
