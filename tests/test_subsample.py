@@ -98,8 +98,8 @@ def test_spread_inclusion_matches_hand_table(rewards, keep, expected):
 
 
 def test_spread_inclusion_caps_until_nothing_is_above_one():
-    # 80, 30, 10, 10, 10 (sum 140), m = 4: 320 / 140 is capped; then 3 * 30 / 60 as well; then 2 * 10 / 30.
-    rewards = [80.0, -30.0, -10.0, -10.0, -10.0, -10.0, -10.0]  # with 5 of the tens: 3 * 30 / 80 is capped, 2 * 10 / 50
+    # Distances 80, 30 and five of 10, 160 in all: 4 * 80 / 160 is capped, then 3 * 30 / 80 as well; then 2 * 10 / 50.
+    rewards = [80.0, -30.0, -10.0, -10.0, -10.0, -10.0, -10.0]
     assert math.fsum(rewards) == 0.0
     assert spread_inclusion(rewards, 4) == pytest.approx([1.0, 1.0, *[0.4] * 5], abs=1e-12)
 
