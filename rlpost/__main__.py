@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("algorithms", help=what, description=what)
     command.add_argument("name", nargs="?", type=algorithm_name, metavar="NAME", help="such as dapo")
     command.set_defaults(run=algorithms)
+    add_simulations(commands)
     return top
 
 
@@ -96,6 +98,26 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     what = "push the worst micro-batch through the real engine on this machine, without a generator or a run folder"
     command.add_argument("--dry-run", action="store_true", help=what)
     command.add_argument("--device", choices=[*DEVICES, "cpu"], help="for --plan (default: what is in this machine)")
+
+
+def add_simulations(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`rlpost simulate` and the options of its one simulation."""
+    what = "a small experiment on the toy of a paper, without a model"
+    names = commands.add_parser("simulate", help=what, description=what).add_subparsers(required=True, metavar="NAME")
+    what = "whether more draws a step keep correct tokens from losing mass, arXiv:2510.01180"
+    command = names.add_parser("brorl", help=what, description=what)
+    add = partial(command.add_argument, metavar="X")
+    add("--widths", type=int, nargs="+", default=[4, 8, 16, 512, 51_200], help="draws a step")
+    command.add_argument("--optimizer", nargs="+", choices=["adamw", "sgd"], default=["adamw", "sgd"])
+    add("--steps", type=int, default=1000)
+    add("--vocab", type=int, default=128_000, help="number of tokens")
+    add("--correct", type=int, default=10_000, help="how many of them are correct")
+    add("--weight-decay", type=float, default=0.0, help="of adamw")
+    add("--lr", type=float, help="default: 1e-3 for adamw, 100 for sgd")
+    command.add_argument("--regime", choices=["seeded", "flat"], default="seeded", help="whether correct tokens lead")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path("runs/brorl"), help="folder for brorl.json and brorl.png")
+    command.set_defaults(run=simulate_brorl)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -217,6 +239,28 @@ def algorithms(options: argparse.Namespace) -> None:
         print_catalogue()
     else:
         print(section(options.name), end="")
+
+
+def simulate_brorl(options: argparse.Namespace) -> None:
+    """`rlpost simulate brorl`."""
+    from rlpost.simulate.brorl import Settings, run
+
+    settings = [
+        Settings(
+            optimizer=optimizer,
+            width=width,
+            steps=options.steps,
+            vocab=options.vocab,
+            num_correct=options.correct,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            regime=options.regime,
+            seed=options.seed,
+        )
+        for optimizer in options.optimizer
+        for width in options.widths
+    ]
+    run(settings, options.out)
 
 
 def algorithm_name(text: str) -> str:
