@@ -97,46 +97,51 @@ class Engines:
 
 
 def build(recipe: Recipe, world: World) -> Run:
-    """Make every part; text is checked before anything is trained, and the generator takes its memory last."""
+    """Make every part, and go on from a checkpoint where the recipe asks for it."""
     clock = Clock(torch.cuda.synchronize if world.device.type == "cuda" else None, gauge=gauge_of(world.device))
     with clock("setup"):
-        train_tasks, eval_tasks = load_task_sets(recipe)
-        rewards = bind_rewards(recipe.rewards)
-        curriculum = make_curriculum(recipe, train_tasks)
-        start = model_folder(recipe, world)
-        renderer = make_renderer(recipe, start)
-        sampling = training_sampling(recipe, train_tasks, renderer)
-        evaluator = make_evaluator(recipe, eval_tasks, renderer, rewards, world)
-        folder = open_run(recipe, world)
-        with clock("sft"):
-            model = base_model(recipe, world) if recipe.sft else start
-        engine, reference, critic = make_engines(recipe, model, world)
-        run = Run(
-            recipe=recipe,
-            world=world,
-            folder=folder,
-            model=model,
-            clock=clock,
-            curriculum=curriculum,
-            renderer=renderer,
-            generator=make_generator(recipe, model, renderer, train_tasks[0], engine),
-            sampling=sampling,
-            rewards=rewards,
-            explorers=make_explorers(recipe, renderer, sampling),
-            packer=make_packer(recipe, world, model),
-            engine=engine,
-            reference=reference,
-            critic=critic,
-            objective=Objective(recipe.algorithm, world),
-            evaluator=evaluator,
-            metrics=Metrics(world),
-            trackers=Trackers(folder, recipe, world),
-            samples=Samples(folder, recipe.logging.samples_per_step),
-            checkpoints=Checkpoints(folder, world, keep=recipe.keep_checkpoints),
-        )
+        run = assemble(recipe, world, clock)
         resume(run)
     clock.lap()
     return run
+
+
+def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
+    """The parts, new; text is checked before anything is trained, and the generator takes its memory last."""
+    train_tasks, eval_tasks = load_task_sets(recipe)
+    rewards = bind_rewards(recipe.rewards)
+    curriculum = make_curriculum(recipe, train_tasks)
+    start = model_folder(recipe, world)
+    renderer = make_renderer(recipe, start)
+    sampling = training_sampling(recipe, train_tasks, renderer)
+    evaluator = make_evaluator(recipe, eval_tasks, renderer, rewards, world)
+    folder = open_run(recipe, world)
+    with clock("sft"):
+        model = base_model(recipe, world) if recipe.sft else start
+    engine, reference, critic = make_engines(recipe, model, world)
+    return Run(
+        recipe=recipe,
+        world=world,
+        folder=folder,
+        model=model,
+        clock=clock,
+        curriculum=curriculum,
+        renderer=renderer,
+        generator=make_generator(recipe, model, renderer, train_tasks[0], engine),
+        sampling=sampling,
+        rewards=rewards,
+        explorers=make_explorers(recipe, renderer, sampling),
+        packer=make_packer(recipe, world, model),
+        engine=engine,
+        reference=reference,
+        critic=critic,
+        objective=Objective(recipe.algorithm, world),
+        evaluator=evaluator,
+        metrics=Metrics(world),
+        trackers=Trackers(folder, recipe, world),
+        samples=Samples(folder, recipe.logging.samples_per_step),
+        checkpoints=Checkpoints(folder, world, keep=recipe.keep_checkpoints),
+    )
 
 
 def resume(run: Run) -> None:
