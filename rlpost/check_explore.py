@@ -12,6 +12,8 @@ from rlpost.tasks import kind_of
 
 CENTRED = ("grpo", "dr_grpo")
 """Advantages that can be taken against the policy's own rewards."""
+CENTRED_IN_GROUP = ("grpo", "dr_grpo", "rloo", "batch_std")
+"""Advantages that are 0 at the group's mean."""
 NEEDS_SCORES = ("gae", "reinforce_pp")
 """Advantages for which the model must see every rollout, trained or not."""
 
@@ -26,7 +28,7 @@ def explore_problems(recipe: Recipe) -> list[str]:
         if plugin.get("use") == "expert":
             problems += _expert(recipe, plugin, i)
         if plugin.get("use") == "broaden" and plugin.get("train"):
-            problems += _sampled(recipe, i)
+            problems += _sampled(recipe, plugin, i)
     return [*problems, *_statistics(recipe), *_widths(recipe)]
 
 
@@ -77,13 +79,18 @@ def _expert(recipe: Recipe, plugin: dict[str, Any], i: int) -> list[str]:
     return []
 
 
-def _sampled(recipe: Recipe, i: int) -> list[str]:
+def _sampled(recipe: Recipe, plugin: dict[str, Any], i: int) -> list[str]:
     algorithm = recipe.algorithm
     use = algorithm.advantage.get("use")
     if use in NEEDS_SCORES:
         return [
             f"explore.{i}: broaden.train must be 0 for algorithm.advantage.use={use}: a rollout that is not trained is "
             "not scored by the model either, and this advantage needs that of all"
+        ]
+    if plugin.get("rule") == "spread" and use not in CENTRED_IN_GROUP:
+        return [
+            f"explore.{i}: broaden.rule must be balanced or random for algorithm.advantage.use={use} (got spread): a "
+            "rollout at its group's mean is never drawn, and must have no advantage there"
         ]
     if algorithm.kl.coef and algorithm.kl.place == "reward":
         return [f"explore.{i}: broaden.train must be 0 for algorithm.kl.place=reward: use algorithm.kl.place=loss"]

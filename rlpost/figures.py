@@ -56,6 +56,7 @@ def _log_group(metrics: Metrics, group: Group) -> None:
             [rollout.passed for rollout in alone],
         )
         terms = asdict(balance.terms) | {"states": balance.num_states, "shared_frac": balance.shared_frac}
+        terms["mixed"] = balance.mixed
         for name, value in terms.items():
             if not math.isnan(value):
                 metrics.mean(f"mass/{name}", value)

@@ -150,6 +150,10 @@ def test_the_recipe_of_every_exploring_algorithm_is_whole(name: str, monkeypatch
         (["explore=[{use: broaden, wide: 4}]"], "explore.0.wide: `broaden` has no such parameter"),
         (["explore=[{use: broaden, rule: best}]"], "explore.0: broaden.rule must be one of"),
         (["explore=[{use: broaden, train: 8}]", "algorithm.name=ppo"], "broaden.train must be 0 for"),
+        (
+            ["explore=[{use: broaden, train: 8, rule: spread}]", "algorithm.advantage=opo"],
+            "rule must be balanced or random",
+        ),
         (["explore=[{use: guide}]"], "guide.source=column needs tasks.train.hints"),
         (["algorithm.off_policy.statistics=policy", "algorithm.advantage=rloo"], "statistics must be pooled or role"),
         (["algorithm.off_policy.loss=shapd"], "algorithm.off_policy.loss.use must be one of"),

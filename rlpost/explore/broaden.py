@@ -71,16 +71,19 @@ class Broaden:
         self._complete.append((num(group), self.decided(group)))
         if not self.train:
             return
-        rollouts = group.rollouts
-        keep = min(self.train, sum(rollout.reward is not None for rollout in rollouts))
+        judged = [rollout for rollout in group.rollouts if rollout.reward is not None]
+        if self.train >= len(judged):
+            return
+        passed = [bool(rollout.passed) for rollout in judged]
         if self.rule == "balanced":
-            inclusion = balanced_inclusion([rollout.passed for rollout in rollouts], keep)
+            inclusion = balanced_inclusion(passed, self.train)
         elif self.rule == "spread":
-            inclusion = spread_inclusion([rollout.reward for rollout in rollouts], keep)
+            inclusion = spread_inclusion([rollout.reward for rollout in judged], self.train)
         else:
-            inclusion = uniform_inclusion(len(rollouts), min(self.train, len(rollouts)))
-        chosen = set(systematic(inclusion, random.Random(f"{self.seed} {group.id}")))
-        for i, rollout in enumerate(rollouts):
+            inclusion = uniform_inclusion(len(judged), self.train)
+        strata = passed if self.rule == "balanced" else ()
+        chosen = set(systematic(inclusion, random.Random(f"{self.seed} {group.id}"), strata=strata))
+        for i, rollout in enumerate(judged):
             rollout.inclusion = inclusion[i] if i in chosen else 0.0
 
     def metrics(self) -> dict[str, float]:
