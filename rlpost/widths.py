@@ -7,14 +7,16 @@ import math
 from rlpost.recipe import Recipe
 
 
+def generated_a_prompt(recipe: Recipe) -> int:
+    """Rollouts of a prompt, as the recipe asks: the group size, or the width of `broaden`; hints come on top."""
+    widths = [int(one.get("width", 512)) for one in recipe.explore if one.get("use") == "broaden"]
+    return max([recipe.sampling.group_size, *widths])
+
+
 def trained_a_prompt(recipe: Recipe) -> int:
-    """Rollouts of a prompt that are trained, as the recipe asks for them: the width of `broaden`, or its sample."""
-    widest = recipe.sampling.group_size
-    for plugin in recipe.explore:
-        if plugin.get("use") == "broaden":
-            width = int(plugin.get("width", 512))
-            widest = max(widest, int(plugin.get("train") or 0) or width)
-    return widest
+    """Those of them that are trained: all, or the sample of `broaden`."""
+    samples = [int(one.get("train") or 0) for one in recipe.explore if one.get("use") == "broaden"]
+    return min([generated_a_prompt(recipe), *(sample for sample in samples if sample)])
 
 
 def trained_a_step(recipe: Recipe) -> int:
