@@ -86,7 +86,7 @@ def test_packing_marks_off_policy_tokens():
     assert int((micro.off_policy_BT & micro.mask_BT).sum()) == 3
 
 
-def test_off_policy_tokens_have_a_loss_of_their_own():
+def test_t37_off_policy_tokens_have_a_loss_of_their_own():
     shift, gamma = 0.2, 0.5
     algorithm = Algorithm(loss={"use": "reinforce"}, off_policy=off_policy(use="shaped", gamma=gamma))
     loss, grad, _ = run(algorithm, micro_of(), shift=shift)
@@ -104,7 +104,7 @@ def test_without_a_loss_of_their_own_they_have_that_of_the_others():
     assert same[0] == pytest.approx(other[0])
 
 
-def test_the_mismatch_with_the_generator_is_that_of_the_policys_own_tokens():
+def test_t37_the_mismatch_with_the_generator_is_that_of_the_policys_own_tokens():
     micro, objective = micro_of(), None
     algorithm = Algorithm(
         loss={"use": "reinforce"},
@@ -140,7 +140,7 @@ def test_gamma_is_a_quantile_of_the_step_whatever_its_split():
 
 
 @pytest.mark.parametrize("use", ["trainer", "plain"])
-def test_the_denominator_may_be_the_trainers_with_the_hint_or_without(use):
+def test_t37_the_denominator_may_be_the_trainers_with_the_hint_or_without(use):
     class Engine:
         def token_logp(self, micro):
             self.prompts = micro.tokens_BT
