@@ -89,7 +89,7 @@ def endpoint():
 
 def command(tmp_path, *more):
     config = "tasks.train.config={split: train, size: 3, min_terms: 3, max_terms: 4}"
-    return main(["hints", "recipes/quickstart.yaml", config, "--out", str(tmp_path / "hints.jsonl"), *more])
+    return main(["hints", "recipes/quickstart.yaml", config, *more, "--out", str(tmp_path / "hints.jsonl")])
 
 
 def test_hints_come_from_an_endpoint(endpoint, tmp_path, monkeypatch, capsys):
