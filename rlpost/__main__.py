@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,10 +71,21 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--adapter", action="store_true", help="only the adapters of model.lora, as a folder of peft")
     command.add_argument("--checkpoint", type=Path, help="another than the newest, such as RUN/checkpoints/step-000010")
     command.set_defaults(run=export)
+    what = "hints for the training tasks, written by a model, for `explore: [{use: guide, source: file, path: ...}]`"
+    command = commands.add_parser("hints", help=what, description=what)
+    command.add_argument("recipe", help="a YAML file")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.path=FOLDER")
+    command.add_argument("--out", type=Path, default=Path("hints.jsonl"), help="(default: hints.jsonl)")
+    command.add_argument("--levels", type=int, choices=(1, 2, 3), default=3, help="hints a task, from weak to strong")
+    command.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server, such as http://HOST:8000/v1")
+    command.add_argument("--model", help="the model's name there (default: the recipe's own model, in this process)")
+    command.add_argument("--chunk", type=int, default=64, help="tasks that are asked for at once")
+    command.set_defaults(run=hints)
     what = "the table of algorithms, or one of them as a section to paste into a recipe"
     command = commands.add_parser("algorithms", help=what, description=what)
     command.add_argument("name", nargs="?", type=algorithm_name, metavar="NAME", help="such as dapo")
     command.set_defaults(run=algorithms)
+    add_simulations(commands)
     return top
 
 
@@ -86,6 +98,26 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     what = "push the worst micro-batch through the real engine on this machine, without a generator or a run folder"
     command.add_argument("--dry-run", action="store_true", help=what)
     command.add_argument("--device", choices=[*DEVICES, "cpu"], help="for --plan (default: what is in this machine)")
+
+
+def add_simulations(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`rlpost simulate` and the options of its one simulation."""
+    what = "a small experiment on the toy of a paper, without a model"
+    names = commands.add_parser("simulate", help=what, description=what).add_subparsers(required=True, metavar="NAME")
+    what = "whether more draws a step keep correct tokens from losing mass, arXiv:2510.01180"
+    command = names.add_parser("brorl", help=what, description=what)
+    add = partial(command.add_argument, metavar="X")
+    add("--widths", type=int, nargs="+", default=[4, 8, 16, 512, 51_200], help="draws a step")
+    command.add_argument("--optimizer", nargs="+", choices=["adamw", "sgd"], default=["adamw", "sgd"])
+    add("--steps", type=int, default=1000)
+    add("--vocab", type=int, default=128_000, help="number of tokens")
+    add("--correct", type=int, default=10_000, help="how many of them are correct")
+    add("--weight-decay", type=float, default=0.0, help="of adamw")
+    add("--lr", type=float, help="default: 1e-3 for adamw, 100 for sgd")
+    command.add_argument("--regime", choices=["seeded", "flat"], default="seeded", help="whether correct tokens lead")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path("runs/brorl"), help="folder for brorl.json and brorl.png")
+    command.set_defaults(run=simulate_brorl)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -178,6 +210,27 @@ def export(options: argparse.Namespace) -> None:
     print(f"model: {export_run(options.run_folder, World(), **asked)}")
 
 
+def hints(options: argparse.Namespace) -> None:
+    """`rlpost hints`."""
+    from rlpost.tasks import load_task_sets
+    from rlpost.world import World
+    from rlpost.write_hints import ask_endpoint, hints_of_recipe, write_hints
+
+    recipe = checked(options)
+    how = {"levels": options.levels, "chunk": options.chunk}
+    if bool(options.endpoint) != bool(options.model):
+        raise RunError("--endpoint and --model belong together (got one): name the server and the model that it serves")
+    if options.endpoint:
+        tasks, _ = load_task_sets(recipe)
+        num = write_hints(tasks, ask_endpoint(options.endpoint, options.model), options.out, **how)
+    else:
+        world = World()
+        found: list[int] = []
+        with_world(lambda world: found.append(hints_of_recipe(recipe, world, options.out, **how)), world)
+        [num] = found
+    print(f"hints: {options.out} ({num} tasks are new)")
+
+
 def algorithms(options: argparse.Namespace) -> None:
     """`rlpost algorithms`."""
     from rlpost.catalogue import print_catalogue, section
@@ -186,6 +239,28 @@ def algorithms(options: argparse.Namespace) -> None:
         print_catalogue()
     else:
         print(section(options.name), end="")
+
+
+def simulate_brorl(options: argparse.Namespace) -> None:
+    """`rlpost simulate brorl`."""
+    from rlpost.simulate.brorl import Settings, run
+
+    settings = [
+        Settings(
+            optimizer=optimizer,
+            width=width,
+            steps=options.steps,
+            vocab=options.vocab,
+            num_correct=options.correct,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            regime=options.regime,
+            seed=options.seed,
+        )
+        for optimizer in options.optimizer
+        for width in options.widths
+    ]
+    run(settings, options.out)
 
 
 def algorithm_name(text: str) -> str:

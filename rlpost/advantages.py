@@ -84,6 +84,18 @@ def mean_baseline(rewards_G: Tensor) -> Tensor:
     return rewards_G - judged.mean()
 
 
+def against(rewards_G: Tensor, baseline_N: Tensor, *, scale_by_std: bool = False, eps: float = 1e-6) -> Tensor:
+    """`(r_i - mean(b)) / (std(b) + eps)` with the rewards b of others as the baseline; 0 where there are none.
+
+    Without `scale_by_std`, or where all of b are equal, only the mean is taken off.
+    """
+    judged = baseline_N[~torch.isnan(baseline_N)]
+    if not judged.numel():
+        return torch.zeros_like(rewards_G)
+    centred_G = (rewards_G - judged.mean()).nan_to_num(0.0)
+    return _over_std(centred_G, judged, eps) if scale_by_std else centred_G
+
+
 def gdpo_sum(parts_KG: Tensor, weights_K: Sequence[float]) -> Tensor:
     """Each of K rewards group-normalised on its own, then `sum_k w_k A_k`; to be whitened. GDPO, arXiv:2601.05242.
 

@@ -88,6 +88,19 @@ class Mismatch:
 
 
 @dataclass
+class OffPolicy:
+    """Answers that the policy did not write on the problem alone: under a hint, or an expert's (`explore`)."""
+
+    loss: dict[str, Any] = field(default_factory=lambda: {"use": "same"})
+    """`use`: `same`, as the others; or a name in `LOSSES` or a path, of the ratio policy(o | problem) / writer(o)."""
+    behavior: Literal["generator", "trainer", "plain"] = "generator"
+    """The ratio's denominator: what the tokens were sampled with, under the hint; the trainer's own log-probs under the
+    hint, before the step's first update; or its own on the problem alone, so that the first ratio is 1."""
+    statistics: Literal["pooled", "role", "policy"] = "pooled"
+    """Whose rewards an advantage compares: the whole group's; those of the same role; or those of the policy."""
+
+
+@dataclass
 class CriticRecipe:
     """The value model of `advantage.use=gae`: the policy's own start, with one number for a head."""
 
@@ -126,11 +139,14 @@ class Algorithm:
     baseline."""
     interruption: Interruption = field(default_factory=Interruption)
     mismatch: Mismatch = field(default_factory=Mismatch)
+    off_policy: OffPolicy = field(default_factory=OffPolicy)
     imitation_coef: float = 0.0
     """Weight of the negative log-likelihood of correct answers."""
     critic: CriticRecipe = field(default_factory=CriticRecipe)
     minibatches: int = 1
-    """Optimizer steps that one batch of rollouts is divided into."""
+    """Optimizer steps that one batch of rollouts is divided into, however large it is."""
+    minibatch_rollouts: int | None = None
+    """In place of `minibatches`: rollouts of an optimizer step, so that a larger batch takes more steps."""
     epochs: int = 1
     """Passes over one batch of rollouts."""
     fresh_optimizer: bool = False

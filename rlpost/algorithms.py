@@ -2,7 +2,8 @@
 
 A bundle in `ALGORITHMS` is a recipe's `algorithm` section: what departs from the defaults in `algorithm_recipe.py`. A
 recipe overrides any of it. The pieces that a bundle names stand below it, each with its parameters: `ADVANTAGES`
-(rewards -> advantages, `advantages.py`), `LOSSES` (`losses.py`), `CORRECTIONS` (`mismatch.py`), `LENGTHS`.
+(rewards -> advantages, `advantages.py`), `LOSSES` (`losses.py`), `CORRECTIONS` (`mismatch.py`), `LENGTHS`. Those that
+ask for further rollouts, wide groups or hints, are rows in `algorithms_explore.py`.
 """
 
 from __future__ import annotations
@@ -11,23 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-
-@dataclass(frozen=True, slots=True)
-class Bundle:
-    """A published algorithm as a recipe section.
-
-    >>> ALGORITHMS["dapo"].section["groups"]
-    {'without_spread': 'refill', 'max_waves': 10}
-    """
-
-    summary: str
-    paper: str
-    conflicts: str
-    """Where other papers decide otherwise, and what of this one is not published or not in the bundle."""
-    section: Mapping[str, Any]
-    curriculum: str = "uniform"
-    """What chooses the tasks where the recipe does not say."""
-
+from rlpost.algorithms_explore import EXPLORING
+from rlpost.bundle import Bundle
 
 ALGORITHMS: dict[str, Bundle] = {
     "grpo": Bundle(
@@ -175,6 +161,7 @@ ALGORITHMS: dict[str, Bundle] = {
             "critic": {"pretrain_steps": None},
         },
     ),
+    **EXPLORING,
 }
 
 
@@ -227,8 +214,18 @@ LOSSES: dict[str, Piece] = {
     ),
     "kl_cov": Piece("unclipped, with a penalty on tokens of high covariance", {"frac": 2e-4, "coef": 1.0}),
     "reinforce": Piece("log-prob times advantage, no ratio"),
+    "importance": Piece("ratio times advantage, not clipped"),
+    "importance_sequence": Piece("the sequence's ratio times advantage, not clipped"),
+    "shaped": Piece("r / (r + gamma) in place of the ratio", {"gamma": 0.1}),
     "kimi_mirror": Piece("squared log-ratio of the sequence", {"tau": 0.1}),
 }
+
+OFF_POLICY_LOSSES: dict[str, Piece] = {
+    "same": Piece("the loss of the other tokens"),
+    **LOSSES,
+    "shaped": Piece("r / (r + gamma); gamma: that quantile of the step's ratios", {"gamma": 0.1, "quantile": 0.0}),
+}
+"""Of tokens that the policy did not write on the problem alone. A quantile of 0 leaves gamma as it stands."""
 
 CORRECTIONS: dict[str, Piece] = {
     "tis_token": Piece("token ratio, truncated", {"cap": 2.0}),
@@ -267,6 +264,11 @@ def with_bundle(section: Mapping[str, Any]) -> dict[str, Any]:
     for part, pieces in PIECES.items():
         if isinstance(chosen := merged.get(part), dict):
             merged[part] = with_parameters(chosen, pieces)
+    off_policy = merged.get("off_policy")
+    if isinstance(off_policy, dict) and (chosen := off_policy.get("loss")) is not None:
+        named = {"use": chosen} if isinstance(chosen, str) else chosen
+        if isinstance(named, dict):
+            off_policy["loss"] = with_parameters(named, OFF_POLICY_LOSSES)
     mismatch = merged.get("mismatch")
     if isinstance(mismatch, dict) and isinstance(weights := mismatch.get("weights"), list):
         mismatch["weights"] = [with_parameters(one, CORRECTIONS) if isinstance(one, dict) else one for one in weights]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from rlpost.aggregation import Aggregation, count, sum_counts, token_weights
+from rlpost.aggregation import Aggregation, StepCounts, count, sum_counts, token_weights
 from rlpost.balance import balanced, cost
 from rlpost.document import Document, block_length, places, span
 from rlpost.packing import Block, Packer, with_documents
@@ -58,33 +58,59 @@ def make_batch(
 ) -> Batch:
     """One optimizer step from this rank's documents: weights over all ranks, and as many micro-batches on each.
 
-    Documents with no trained token are left out, and some move to ranks with less to do. `max_tokens` is the constant
-    of `seq_sum_const`.
+    Documents with no trained token are left out, and some move to ranks with less to do. Those that sampling left out
+    (`inclusion` 0) are in the denominators, and the others weigh 1 / inclusion: the gradient's mean over samples is
+    that of all. `max_tokens` is the constant of `seq_sum_const`.
     """
     documents, _ = packer.columns.together([document for document in documents if document.num_trained])
     world = packer.columns.groups(world)
+    population = _Counts.of(documents)
+    documents = [document for document in documents if document.inclusion]
     documents = balanced(documents, [cost(one.length, packer.hidden_size) for one in documents], world)
-    lengths = [document.num_trained for document in documents]
+    every_rank = world.all_gather_object((population, {name for one in documents for name in one.scores}))
+    step, correct = (sum_counts(getattr(each, name) for each, _ in every_rank) for name in ("trained", "imitated"))
+    lengths, groups = [document.num_trained for document in documents], [document.group for document in documents]
     imitated = [length * document.correct for length, document in zip(lengths, documents, strict=True)]
-    groups = [document.group for document in documents]
-    mine = count(lengths, groups), count(imitated, groups), {name for one in documents for name in one.scores}
-    every_rank = world.all_gather_object(mine)
-    step, correct = sum_counts(all_ for all_, _, _ in every_rank), sum_counts(few for _, few, _ in every_rank)
     weights = token_weights(aggregation, lengths, groups, step, max_tokens=max_tokens)
     imitation = token_weights("token_mean", imitated, groups, correct, max_tokens=1)
     micros = packer.micros(
         [
-            replace(document, weight=weight, imitation_weight=imitation_weight)
-            for document, weight, imitation_weight in zip(documents, weights, imitation, strict=True)
+            replace(one, weight=weight / one.inclusion, imitation_weight=imitation_weight / one.inclusion)
+            for one, weight, imitation_weight in zip(documents, weights, imitation, strict=True)
         ]
     )
     missing = world.max(len(micros)) - len(micros)
-    scores = sorted(set().union(*(names for _, _, names in every_rank)))
-    return Batch(micros=(*micros, *(packer.empty(scores) for _ in range(missing))), step_tokens=step.tokens)
+    scores = sorted(set().union(*(names for _, names in every_rank)))
+    tokens = sum(each.tokens for each, _ in every_rank)
+    return Batch(micros=(*micros, *(packer.empty(scores) for _ in range(missing))), step_tokens=tokens)
 
 
-def in_parts(documents: Sequence[Document], groups: Sequence[int], parts: int) -> list[list[Document]]:
-    """A batch of rollouts in `parts` nearly equal parts of whole groups; `groups` lists this rank's, in order."""
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """What some documents bring to a step's denominators, and the tokens that are trained of them."""
+
+    trained: StepCounts
+    imitated: StepCounts
+    tokens: int
+
+    @classmethod
+    def of(cls, documents: Sequence[Document]) -> _Counts:
+        lengths, groups = [one.num_trained for one in documents], [one.group for one in documents]
+        imitated = [length * one.correct for length, one in zip(lengths, documents, strict=True)]
+        tokens = sum(length for length, one in zip(lengths, documents, strict=True) if one.inclusion)
+        return cls(count(lengths, groups), count(imitated, groups), tokens)
+
+
+def in_parts(
+    documents: Sequence[Document], groups: Sequence[int], parts: int, *, cut: bool = False
+) -> list[list[Document]]:
+    """A batch of rollouts in `parts` nearly equal parts of whole groups; `groups` lists this rank's, in order.
+
+    With `cut`, groups may be cut where there are fewer than parts.
+    """
+    if cut and parts > len(groups):
+        bounds = [len(documents) * i // parts for i in range(parts + 1)]
+        return [list(documents[start:stop]) for start, stop in pairwise(bounds)]
     cuts = [len(groups) * i // parts for i in range(parts + 1)]
     members: dict[int, list[Document]] = {group: [] for group in groups}
     for document in documents:
@@ -107,5 +133,8 @@ def document(rollout: Rollout, *, train_truncated: bool = True) -> Document:
         behavior_logp=(math.nan,) * len(rollout.token_ids) if silent else rollout.behavior_logp,
         group=rollout.group,
         version=rollout.version,
+        off_policy=rollout.off_policy,
+        sampled_prompt_ids=rollout.sampled_prompt_ids,
+        inclusion=rollout.inclusion,
         correct=bool(rollout.passed),
     )

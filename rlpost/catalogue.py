@@ -11,7 +11,17 @@ from rich.table import Table
 from rich.text import Text
 
 from rlpost.algorithm_recipe import Algorithm
-from rlpost.algorithms import ADVANTAGES, ALGORITHMS, CORRECTIONS, LENGTHS, LOSSES, Bundle, Piece, with_bundle
+from rlpost.algorithms import (
+    ADVANTAGES,
+    ALGORITHMS,
+    CORRECTIONS,
+    LENGTHS,
+    LOSSES,
+    OFF_POLICY_LOSSES,
+    Bundle,
+    Piece,
+    with_bundle,
+)
 
 DEFAULT_CURRICULUM = "uniform"
 WIDTH = 100
@@ -19,6 +29,11 @@ WIDTH = 100
 PIECES = (
     ("algorithm.advantage.use", "rewards -> advantages; or the path of a function of a group's rewards", ADVANTAGES),
     ("algorithm.loss.use", "or the path of a function with the signature of losses.ppo_clip", LOSSES),
+    (
+        "algorithm.off_policy.loss.use",
+        "of tokens written under a hint, or by an expert; or a name or path as above",
+        {name: piece for name, piece in OFF_POLICY_LOSSES.items() if piece not in LOSSES.values()},
+    ),
     ("algorithm.mismatch.weights", "a list of these, with algorithm.mismatch.mode=decoupled", CORRECTIONS),
     ("algorithm.length.use", "a reward for an answer's length", LENGTHS),
 )
@@ -58,7 +73,9 @@ def section(name: str) -> str:
     if bundle.curriculum != DEFAULT_CURRICULUM:
         said.append(f"curriculum: {bundle.curriculum}, where the recipe names none")
     comments = [f"# {line}" for text in said for line in textwrap.wrap(text, WIDTH - 2, subsequent_indent="  ")]
-    tree = {"algorithm": {"name": name, **with_bundle({"name": name})}}
+    tree: dict[str, object] = {"algorithm": {"name": name, **with_bundle({"name": name})}}
+    if bundle.explore:
+        tree["explore"] = [dict(one) for one in bundle.explore]
     return "\n".join([*comments, yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=WIDTH)])
 
 
@@ -79,6 +96,9 @@ def ingredients(bundle: Bundle) -> list[str]:
     lines.append(f"groups {chosen['groups']['without_spread']}")
     if length := chosen.get("length"):
         lines.append(f"length {length['use']}")
+    lines += [f"explore {one['use']}" for one in bundle.explore]
+    if off_policy := chosen.get("off_policy", {}).get("loss"):
+        lines.append(f"off-policy loss {off_policy['use']}")
     lines += [f"mismatch {weight['use']}" for weight in chosen.get("mismatch", {}).get("weights", [])]
     return lines
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpost.check_algorithm import RESET_TRIGGERS, algorithm_problems
+from rlpost.check_explore import explore_problems
 from rlpost.check_parallel import parallel_problems
 from rlpost.errors import RecipeError
 from rlpost.plugins import bind, did_you_mean
@@ -93,6 +94,7 @@ def check(recipe: Recipe, world_size: int = 1) -> list[str]:
         *_tasks(recipe),
         *_plugins(recipe),
         *algorithm_problems(recipe),
+        *explore_problems(recipe),
         *_sampling(recipe),
         *_batches(recipe, world_size),
         *_lengths(recipe),

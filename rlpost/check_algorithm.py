@@ -7,7 +7,15 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlpost.algorithms import ALGORITHMS, COMPARE_WITHIN_GROUP, CORRECTIONS, GIVEN_TO_LOSSES, PIECES, Piece
+from rlpost.algorithms import (
+    ALGORITHMS,
+    COMPARE_WITHIN_GROUP,
+    CORRECTIONS,
+    GIVEN_TO_LOSSES,
+    OFF_POLICY_LOSSES,
+    PIECES,
+    Piece,
+)
 from rlpost.errors import RecipeError, RunError
 from rlpost.plugins import bind, did_you_mean, resolve
 from rlpost.recipe import Recipe
@@ -26,11 +34,12 @@ _BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
     ("in (0, 1]", lambda x: 0 < x <= 1, "frac buffer_frac"),
     ("in [0, 1]", lambda x: 0 <= x <= 1, "lam"),
     ("> 1", lambda x: x > 1, "dual_clip"),
+    ("in [0, 1)", lambda x: 0 <= x < 1, "quantile"),
     (">= 1", lambda x: x >= 1, "ratio_cap steps_on"),
     (
         "> 0",
         lambda x: x > 0,
-        "clip_high gmpo.clip_low cap limit icepop.low geometric_rejection.low tau tau_pos tau_neg k_pos k_neg "
+        "gamma clip_high gmpo.clip_low cap limit icepop.low geometric_rejection.low tau tau_pos tau_neg k_pos k_neg "
         "lambda_pos lambda_neg",
     ),
     (">= 0", lambda x: x >= 0, "coef weight warmup_steps steps_off length_alpha"),
@@ -48,6 +57,7 @@ def algorithm_problems(recipe: Recipe) -> list[str]:
         problems.append(f"algorithm.name must be one of {', '.join(ALGORITHMS)} (got {algorithm.name!r}){hint}")
     for part, pieces in PIECES.items():
         problems += _choice(getattr(algorithm, part), pieces, f"algorithm.{part}", POSITIONAL.get(part))
+    problems += _choice(algorithm.off_policy.loss, OFF_POLICY_LOSSES, "algorithm.off_policy.loss", POSITIONAL["loss"])
     for index, weight in enumerate(algorithm.mismatch.weights):
         problems += _choice(weight, CORRECTIONS, f"algorithm.mismatch.weights.{index}", None)
     return [*problems, *_groups(recipe), *_mismatch(recipe), *_kl(recipe), *_entropy(recipe), *_critic(recipe)]

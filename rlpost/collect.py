@@ -1,4 +1,4 @@
-"""Tasks -> complete groups of rollouts."""
+"""Tasks -> groups of rollouts, request by request."""
 
 from __future__ import annotations
 
@@ -35,23 +35,45 @@ def collect(
     interruption: Interruption | None = None,
 ) -> list[Group]:
     """One group of `group_size` rollouts for each (place, task); the group's id is `first_group + place`."""
-    requests = [
-        Request(
-            group=first_group + place,
-            task=task,
-            prompt_ids=renderer.prompt_ids(task),
-            n=group_size,
-            seed=request_seed(seed, first_group + place),
-        )
-        for place, task in tasks
+    groups = [
+        Group(id, task, [], prompt_ids=renderer.prompt_ids(task), seed=request_seed(seed, id))
+        for id, task in ((first_group + place, task) for place, task in tasks)
     ]
-    rollouts = generator.generate(requests, sampling)
+    requests = [group.request(group_size) for group in groups]
+    add_to(groups, answers(generator, renderer, requests, sampling, interruption))
+    return groups
+
+
+def add_to(groups: Sequence[Group], rollouts: Sequence[Rollout]) -> None:
+    """Put each rollout into its group."""
+    by_id = {group.id: group for group in groups}
+    for rollout in rollouts:
+        by_id[rollout.group].rollouts.append(rollout)
+
+
+def answers(
+    generator: Generator,
+    renderer: Renderer,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    interruption: Interruption | None = None,
+) -> list[Rollout]:
+    """What was asked for: generated, or given with the request."""
+    rollouts = generator.generate([request for request in requests if request.given is None], sampling)
     if interruption is not None and interruption.text is not None:
         rollouts = interrupted(rollouts, generator, renderer, sampling, interruption)
-    answers: dict[int, list[Rollout]] = {request.group: [] for request in requests}
-    for rollout in rollouts:
-        answers[rollout.group].append(rollout)
-    return [Group(id=request.group, task=request.task, rollouts=answers[request.group]) for request in requests]
+    return [*rollouts, *(_given(request, renderer) for request in requests if request.given is not None)]
+
+
+def _given(request: Request, renderer: Renderer) -> Rollout:
+    """An answer that comes with the request; it counts as certain to its writer, whose log-probs nobody knows.
+
+    pi_phi = 1, as in LUFFY, arXiv:2504.14945.
+    """
+    assert request.given is not None
+    token_ids = renderer.completion_ids(request.given)
+    certain = (0.0,) * len(token_ids)
+    return request.rollout(token_ids, certain, finish_reason="stop", version=-1, text=request.given)
 
 
 def interrupted(
@@ -71,9 +93,9 @@ def interrupted(
         Request(
             group=i,
             task=rollout.task,
-            prompt_ids=(*rollout.prompt_ids, *rollout.token_ids, *text_ids),
+            prompt_ids=(*rollout.sampled_prompt_ids, *rollout.token_ids, *text_ids),
             n=1,
-            seed=request_seed(first[rollout.group] - i - 1, rollout.group),  # negative: no run has such a seed
+            seed=_seed_of(f"{rollout.group}:{i - first[rollout.group]}:{rollout.token_ids}"),
         )
         for i, rollout in enumerate(rollouts)
         if rollout.truncated
@@ -95,4 +117,8 @@ def interrupted(
 
 def request_seed(seed: int, group: int) -> int:
     """A seed below 2^31 that belongs to this run and group, whatever the number of ranks."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{group}".encode()).digest()[:4], "big") >> 1
+    return _seed_of(f"{seed}:{group}")
+
+
+def _seed_of(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1

@@ -40,6 +40,13 @@ class Judged:
     lengths_G: Tensor
     """Trained tokens."""
     greedy_reward: float
+    baseline_N: Tensor | None = None
+    """The rewards that these are compared with, where they are not their own."""
+
+    def part(self, places: list[int], baseline_N: Tensor | None) -> Judged:
+        """Some rollouts of the group."""
+        rewards_G, parts_KG, lengths_G = self.rewards_G[places], self.parts_KG[:, places], self.lengths_G[places]
+        return Judged(rewards_G, parts_KG, lengths_G, self.greedy_reward, baseline_N)
 
 
 def credit(
@@ -63,11 +70,15 @@ def credit(
         return _generalised(documents, rewards, penalties, algorithm, world)
     if use == "reinforce_pp":
         return _whitened_returns(documents, rewards, penalties, world)
+    parts, places = _by_role(groups, judged, algorithm.off_policy.statistics)
     if use in OF_THE_BATCH:
-        credited = _of_the_batch(use, judged, [*weights.values(), 1.0], options, world)
+        credited = _of_the_batch(use, parts, [*weights.values(), 1.0], options, world)
     else:
-        credited = [_of_the_group(use, group, algorithm.advantage) for group in judged]
-    flat = [float(advantage) for advantages_G in credited for advantage in advantages_G]
+        credited = [_of_the_group(use, group, algorithm.advantage) for group in parts]
+    flat = [0.0] * len(documents)
+    for place, advantages_G in zip(places, credited, strict=True):
+        for i, advantage in zip(place, advantages_G.tolist(), strict=True):
+            flat[i] = advantage
     return [replace(document, advantage=advantage) for document, advantage in zip(documents, flat, strict=True)]
 
 
@@ -119,6 +130,27 @@ def _judged(
     return judged
 
 
+def _by_role(
+    groups: Sequence[Group], judged: Sequence[Judged], statistics: str
+) -> tuple[list[Judged], list[list[int]]]:
+    """Whose rewards are compared: sub-groups, and the place of each of their rollouts among all of the step.
+
+    `policy`: every sub-group but the policy's own is compared with the policy's, of which it makes no part.
+    """
+    parts, places, start = [], [], 0
+    for group, whole in zip(groups, judged, strict=True):
+        roles = [rollout.role for rollout in group.rollouts]
+        for role in dict.fromkeys(["*"] if statistics == "pooled" else roles):
+            own = [i for i, one in enumerate(roles) if role in ("*", one)]
+            baseline = None
+            if statistics == "policy" and role not in ("*", "policy") and "policy" in roles:
+                baseline = whole.rewards_G[[i for i, one in enumerate(roles) if one == "policy"]]
+            parts.append(whole.part(own, baseline))
+            places.append([start + i for i in own])
+        start += len(roles)
+    return parts, places
+
+
 def _of_the_group(use: str, group: Judged, chosen: Mapping[str, Any]) -> Tensor:
     """Advantages `[G]` from one group alone; `use` may be a function of a user's."""
     if use == "opo":
@@ -127,10 +159,10 @@ def _of_the_group(use: str, group: Judged, chosen: Mapping[str, Any]) -> Tensor:
         return advantages.remax(group.rewards_G, group.greedy_reward)
     if ":" in use:
         return bind(chosen, "advantages", where="algorithm.advantage", skip=1)(group.rewards_G).nan_to_num(0.0)
-    if use == "grpo":
-        return advantages.grpo(group.rewards_G, scale_by_std=chosen["scale_by_std"])
-    if use == "passk":
-        return advantages.passk(group.rewards_G, scale_by_std=chosen["scale_by_std"])
+    if group.baseline_N is not None:
+        return advantages.against(group.rewards_G, group.baseline_N, scale_by_std=chosen.get("scale_by_std", False))
+    if use in ("grpo", "passk"):
+        return getattr(advantages, use)(group.rewards_G, scale_by_std=chosen["scale_by_std"])
     return {"dr_grpo": advantages.dr_grpo, "rloo": advantages.rloo}[use](group.rewards_G)
 
 

@@ -26,6 +26,11 @@ class Document:
     group: int = 0
     """Documents of one group came from one prompt, on whatever rank."""
     version: int = 0
+    off_policy: bool = False
+    sampled_prompt_ids: tuple[int, ...] | None = None
+    """What the writer saw; None: the prompt."""
+    inclusion: float = 1.0
+    """With what probability it came to be trained; 0: it is not, and counts in denominators alone."""
     correct: bool = False
     """Whether the answer may be imitated."""
     scores: Mapping[str, Tensor] = field(default_factory=dict)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
+
 import torch
 
+from rlpost.evaluate import pass_at_k
+from rlpost.explore._hints import copied_frac
+from rlpost.mass_balance import of_group
 from rlpost.metrics import Metrics
 from rlpost.run import Run
 from rlpost.types import Group, Rollout
@@ -13,16 +19,17 @@ def log_rollouts(run: Run, step: int, groups: list[Group], kept: list[Group], wa
     """Figures of all rollouts of the step and of those that are trained on, and some of them to read."""
     metrics, full = run.metrics, sum(reward.weight for reward in run.rewards)
     for group in groups:
-        metrics.mean("groups/spread_frac", float(group.has_spread))
-        judged = [reward for reward in group.rewards if reward is not None]
-        if len(judged) > 1:
-            metrics.mean("reward/std", float(torch.tensor(judged, dtype=torch.float64).std()))
-        for rollout in group.rollouts:
+        _log_group(metrics, group)
+        for rollout in (*group.rollouts, *group.left_out):
             _log_rollout(metrics, rollout, full)
-            if run.recipe.algorithm.length["use"] != "none":
+            if rollout.role == "policy" and run.recipe.algorithm.length["use"] != "none":
                 metrics.mean("reward/length_bonus", rollout.length_reward)
-    chosen = {group.id for group in kept}
-    thrown_away = [rollout for group in groups if group.id not in chosen for rollout in group.rollouts]
+    trained = [rollout for group in kept for rollout in group.rollouts if rollout.inclusion]
+    for rollout in trained:
+        metrics.mean("guided/trained_frac", float(rollout.role != "policy"))
+    chosen = {id(rollout) for rollout in trained}
+    generated = [rollout for group in groups for rollout in (*group.rollouts, *group.left_out)]
+    thrown_away = [one for one in generated if one.role != "expert" and id(one) not in chosen]
     metrics.sum("groups/num", len(groups))
     metrics.sum("groups/trained", len(kept))
     metrics.sum("rollouts/discarded", len(thrown_away))
@@ -32,8 +39,34 @@ def log_rollouts(run: Run, step: int, groups: list[Group], kept: list[Group], wa
         run.samples.write(step, groups)
 
 
+def _log_group(metrics: Metrics, group: Group) -> None:
+    """Of what the policy wrote without help: spread, and pass@k for every power of two; free, as all of it is there."""
+    metrics.mean("groups/spread_frac", float(group.has_spread))
+    alone = group.by_policy
+    judged = [rollout.reward for rollout in alone if rollout.reward is not None]
+    if len(judged) > 1:
+        metrics.mean("reward/std", float(torch.tensor(judged, dtype=torch.float64).std()))
+    passed = [rollout.passed for rollout in alone if rollout.passed is not None]
+    for i in range(len(passed).bit_length()):
+        metrics.mean(f"rollouts/pass@{1 << i}", pass_at_k(len(passed), sum(passed), 1 << i))
+    if len(passed) > 1:
+        balance = of_group(
+            [rollout.token_ids for rollout in alone],
+            [rollout.behavior_logp for rollout in alone],
+            [rollout.passed for rollout in alone],
+        )
+        terms = asdict(balance.terms) | {"states": balance.num_states, "shared_frac": balance.shared_frac}
+        terms["mixed"] = balance.mixed
+        for name, value in terms.items():
+            if not math.isnan(value):
+                metrics.mean(f"mass/{name}", value)
+
+
 def _log_rollout(metrics: Metrics, rollout: Rollout, full: float) -> None:
     length = len(rollout.token_ids)
+    if rollout.role != "policy":
+        _log_helped(metrics, rollout)
+        return
     metrics.sum("rollouts/num", 1)
     metrics.sum("tokens/generated", length)
     metrics.mean("rollouts/length_mean", length)
@@ -51,6 +84,18 @@ def _log_rollout(metrics: Metrics, rollout: Rollout, full: float) -> None:
             metrics.mean(f"reward/{name}", part)
 
 
+def _log_helped(metrics: Metrics, rollout: Rollout) -> None:
+    """An answer under a hint, or of somebody else: apart from what says how well the policy does."""
+    metrics.sum(f"{rollout.role}/num", 1)
+    if rollout.role == "guided":
+        metrics.sum("tokens/generated", len(rollout.token_ids))
+        metrics.mean("guided/copied_frac", copied_frac(rollout.hint, rollout.text))
+    if rollout.passed is not None:
+        metrics.mean(f"{rollout.role}/solved_frac", float(rollout.passed))
+        if rollout.level:
+            metrics.mean(f"guided/solved_frac/level_{rollout.level}", float(rollout.passed))
+
+
 def log_step(run: Run, step: int) -> dict[str, float]:
     """Merge the step's figures over ranks and hand them to the trackers."""
     metrics, report = run.metrics, run.generator.report
@@ -66,6 +111,8 @@ def log_step(run: Run, step: int) -> dict[str, float]:
             metrics.last(f"curriculum/{name}", value)
         for name, value in (run.objective.mismatch_figures() | run.objective.figures()).items():
             metrics.last(name, value)
+        for name, value in run.explorers.metrics().items():
+            metrics.add(f"explore/{name}", value)
     for name, value in run.clock.lap().items():
         (metrics.max if name.startswith("memory/") else metrics.mean)(name, value)
     with run.clock("log"):

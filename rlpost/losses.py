@@ -236,6 +236,32 @@ def reinforce(logp_BT: Tensor, behavior_logp_BT: Tensor, adv_BT: Tensor) -> tupl
     return -adv_BT * logp_BT, {"ratio": torch.exp(log_ratio(logp_BT, behavior_logp_BT)).detach()}
 
 
+def importance(logp_BT: Tensor, behavior_logp_BT: Tensor, adv_BT: Tensor) -> tuple[Tensor, Stats]:
+    """L_t = -rho_t A_t, neither clipped nor shaped: unbiased for answers of one token, whoever wrote them."""
+    rho_BT = torch.exp(log_ratio(logp_BT, behavior_logp_BT))
+    return -rho_BT * adv_BT, {"ratio": rho_BT.detach()}
+
+
+def importance_sequence(
+    logp_BT: Tensor, behavior_logp_BT: Tensor, adv_BT: Tensor, *, document_BT: Tensor, mask_BT: Tensor
+) -> tuple[Tensor, Stats]:
+    """L = -A prod_t rho_t: unbiased for answers of any length, and of a variance that grows with it."""
+    logp_BT, behavior_logp_BT, adv_BT = blank(mask_BT, logp_BT, behavior_logp_BT, adv_BT)
+    log_rho_BT = segment_sum(logp_BT - behavior_logp_BT, document_BT, mask_BT)
+    rho_BT = torch.exp(log_rho_BT.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    return -rho_BT * adv_BT, {"ratio": rho_BT.detach()}
+
+
+def shaped(logp_BT: Tensor, behavior_logp_BT: Tensor, adv_BT: Tensor, *, gamma: float) -> tuple[Tensor, Stats]:
+    """L_t = -f(rho_t) A_t, f(x) = x / (x + gamma): tokens that the policy finds unlikely learn most, none is clipped.
+
+    f'(x) = gamma / (x + gamma)^2. LUFFY, arXiv:2504.14945 (gamma .1, behaviour probability 1); Guide, arXiv:2506.13923
+    (gamma a quantile of the ratios).
+    """
+    rho_BT = torch.exp(log_ratio(logp_BT, behavior_logp_BT))
+    return -rho_BT / (rho_BT + gamma) * adv_BT, {"ratio": rho_BT.detach()}
+
+
 def kimi_mirror(
     logp_BT: Tensor, behavior_logp_BT: Tensor, adv_BT: Tensor, *, document_BT: Tensor, mask_BT: Tensor, tau: float
 ) -> tuple[Tensor, Stats]:

@@ -50,10 +50,31 @@ METRICS: dict[str, MetricInfo] = {
     "rollouts/truncated_frac": MetricInfo("fraction", "mean", "rollouts that ran into the length limit"),
     "rollouts/length_mean": MetricInfo("tokens", "mean", "tokens of a completion"),
     "rollouts/length_max": MetricInfo("tokens", "max", "tokens of the longest completion"),
+    "rollouts/pass@*": MetricInfo("fraction", "mean", "unbiased pass@k of the training prompts, without help"),
+    "explore/waves": MetricInfo("waves", "max", "waves that explorers asked for beyond the first, most of a step's"),
+    "explore/rollouts": MetricInfo("rollouts", "sum", "rollouts that explorers asked for"),
+    "explore/newly_solved": MetricInfo("tasks", "sum", "tasks solved without help that had failed in every try before"),
+    "explore/too_long": MetricInfo("prompts", "sum", "hinted prompts or solutions that do not fit; left out, not cut"),
+    "explore/leaks": MetricInfo("hints", "sum", "hints in which the answer stands"),
+    "explore/missing": MetricInfo("groups", "sum", "groups whose task has no solution to show"),
+    "explore/*": MetricInfo("1", "mean", "what an explorer reports of itself, over ranks"),
+    "guided/num": MetricInfo("rollouts", "sum", "rollouts under a hint"),
+    "guided/trained_frac": MetricInfo("fraction", "mean", "trained rollouts that the policy did not write alone"),
+    "guided/copied_frac": MetricInfo("fraction", "mean", "how much of its hint an answer repeats"),
+    "guided/solved_frac": MetricInfo("fraction", "mean", "rollouts under a hint that passed"),
+    "guided/solved_frac/*": MetricInfo("fraction", "mean", "the same at this level of hints"),
+    "guided/ratio_*": MetricInfo("ratio", "last", "quantile of policy over writer of an off-policy token"),
+    "guided/ess_frac": MetricInfo("fraction", "last", "effective sample size of these ratios over their number"),
+    "guided/gamma": MetricInfo("ratio", "last", "gamma of the shaped ratio, where it is a quantile"),
+    "expert/num": MetricInfo("rollouts", "sum", "answers of an expert"),
+    "expert/solved_frac": MetricInfo("fraction", "mean", "answers of an expert that passed"),
+    "mass/*": MetricInfo(
+        "1", "mean", "term of BroRL's mass balance (`mass_balance.py`), over groups; or shared states"
+    ),
     "tokens/generated": MetricInfo("tokens", "sum", "completion tokens of all rollouts"),
     "tokens/discarded": MetricInfo("tokens", "sum", "completion tokens generated and not trained on"),
     "tokens/trained": MetricInfo("tokens", "sum", "tokens under the loss, each epoch counted"),
-    "policy/loss": MetricInfo("nats", "mean", "loss of a trained token"),
+    "policy/loss": MetricInfo("nats", "mean", "loss of a trained token; here and below, of one that the policy wrote"),
     "policy/entropy": MetricInfo("nats", "mean", "entropy of the policy at a trained token"),
     "policy/ratio_mean": MetricInfo("ratio", "mean", "policy over behaviour probability of a trained token"),
     "policy/ratio_max": MetricInfo("ratio", "max", "largest policy over behaviour probability"),
@@ -134,6 +155,10 @@ class Metrics:
     def last(self, name: str, value: float) -> None:
         """Set a figure that is the same on every rank."""
         self._add(name, "last", value, 1.0)
+
+    def add(self, name: str, value: float) -> None:
+        """Add to a figure in the way in which it is declared."""
+        self._add(name, metric_info(name).reduction, value, 1.0)
 
     def tokens(self, mask_BT: Tensor, /, **values_BT: Tensor) -> None:
         """Add per-token figures under the mask: a mean over tokens, or a maximum where one is declared.

@@ -101,6 +101,15 @@ def mismatch_by_age(log_rho_N: Tensor, weight_N: Tensor, age_N: Tensor) -> dict[
     return {age: mismatch_summary(log_rho_N[age_N == age], weight_N[age_N == age]) for age in ages}
 
 
+def ratio_summary(log_rho_N: Tensor) -> dict[str, float]:
+    """Quantiles and effective sample size of N ratios exp(log rho) of off-policy tokens; nothing to say of none."""
+    if not log_rho_N.numel():
+        return {}
+    rho_N = _exp(log_rho_N.double())
+    ess = float(rho_N.sum().square() / (len(rho_N) * rho_N.square().sum()))
+    return {"ess_frac": ess} | {f"ratio_p{round(100 * q)}": quantile(rho_N, q) for q in (0.1, 0.5, 0.9, 0.99)}
+
+
 def quantile(values_N: Tensor, q: float) -> float:
     """The smallest value that at least a share `q` of all do not exceed; `torch.quantile` stops at 2^24 values."""
     rank = min(max(-int(-q * values_N.numel() // 1), 1), values_N.numel())

@@ -28,6 +28,7 @@ from rlpost.world import World
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, Micro], tuple[Tensor, losses.Stats]]
 STATS = {"ratio": ("policy/ratio_mean", "policy/ratio_max"), "clipped": ("policy/clipped_frac",)}
 """Figures of a loss that have a name of their own; any other is `policy/<its name>`."""
+LEAST_GAMMA = 1e-4
 MISMATCH_TOKENS = 1 << 20
 """Trained tokens of a rank that the mismatch of a step is measured on, evenly spaced; quantiles need them together."""
 
@@ -38,6 +39,9 @@ class Objective:
     def __init__(self, algorithm: Algorithm, world: World) -> None:
         self.algorithm, self.world = algorithm, world
         self.loss = bind_loss(algorithm.loss)
+        self.off_policy_loss = bind_off_policy(algorithm, gamma=None)
+        self.gamma: float | None = None
+        """Of the shaped ratio in this step, where it is a quantile."""
         self.corrections = [_bind_correction(one) for one in algorithm.mismatch.weights]
         self.kl_coef, self.entropy_coef = algorithm.kl.coef, algorithm.entropy.coef
         self.last_entropy = math.inf
@@ -48,6 +52,8 @@ class Objective:
         """Of this step: tokens below it have no policy gradient."""
         self.seen: list[Tensor] = []
         """(log rho, weight, age) `[3, N]` of this step's trained tokens."""
+        self.seen_off_policy: list[Tensor] = []
+        """log(policy / writer) `[N]` of this step's off-policy tokens, before the first update."""
 
     @property
     def needs_prox(self) -> bool:
@@ -55,11 +61,20 @@ class Objective:
         several = self.algorithm.minibatches * self.algorithm.epochs > 1
         decoupled = self.algorithm.mismatch.mode == "decoupled" and several
         in_reward = self.algorithm.kl.coef > 0 and self.algorithm.kl.place == "reward"
-        return decoupled or in_reward or self.algorithm.entropy.top_frac < 1
+        off_policy = self.algorithm.off_policy.behavior == "plain" or self.gamma_quantile > 0
+        return decoupled or in_reward or off_policy or self.algorithm.entropy.top_frac < 1
+
+    @property
+    def gamma_quantile(self) -> float:
+        """Of the step's off-policy ratios, which shapes them; 0: a constant does."""
+        return float(self.algorithm.off_policy.loss.get("quantile", 0.0))
 
     def begin(self, documents: Sequence[Document]) -> None:
         """Look at the step's documents, of all ranks, before the first update."""
-        self.seen = []
+        self.seen, self.seen_off_policy = [], []
+        documents = [document for document in documents if document.inclusion]
+        if self.gamma_quantile:
+            self._shape(documents)
         if self.algorithm.entropy.top_frac == 1:
             return
         mine = [document.scores["entropy"][torch.tensor(document.trained)] for document in documents]
@@ -82,6 +97,9 @@ class Objective:
         behavior_BT, prox_BT = micro.behavior_logp_BT, micro.scores.get("prox_logp", logp_BT.detach())
         decoupled = algorithm.mismatch.mode == "decoupled"
         pg_BT, stats = self.loss(logp_BT, prox_BT if decoupled else behavior_BT, micro.adv_BT, micro)
+        if micro.has_off_policy:
+            off_BT, _ = self.off_policy_loss(logp_BT, behavior_BT, micro.adv_BT, micro)
+            pg_BT = torch.where(micro.off_policy_BT, off_BT, pg_BT)
         weight_BT = self._correction(prox_BT, micro)
         if measured:
             self._remember(prox_BT, weight_BT if self.corrections else None, micro, version)
@@ -131,7 +149,26 @@ class Objective:
         figures = {f"mismatch/{name}": x for name, x in mismatch.mismatch_summary(log_rho_N, weight_N).items()}
         for age, summary in mismatch.mismatch_by_age(log_rho_N, weight_N, age_N).items():
             figures |= {f"mismatch/age_{age}/{name}": x for name, x in summary.items()}
-        return figures
+        mine = torch.cat([torch.zeros(0), *self.seen_off_policy])
+        helped_N = torch.cat(self.world.all_gather_object(mine[:: max(1, len(mine) // MISMATCH_TOKENS)].contiguous()))
+        return figures | {f"guided/{name}": x for name, x in mismatch.ratio_summary(helped_N).items()}
+
+    def _shape(self, documents: Sequence[Document]) -> None:
+        """Set gamma to the quantile of all ranks' off-policy ratios before the step's first update, at least 1e-4.
+
+        Guide, arXiv:2506.13923, takes it of each micro-batch; of the step, it does not depend on how that is split.
+        """
+        mine = [
+            (one.scores["prox_logp"] - torch.tensor(one.behavior_logp))[torch.tensor(one.trained)]
+            for one in documents
+            if one.off_policy
+        ]
+        log_rho_N = torch.cat(self.world.all_gather_object(torch.cat([torch.zeros(0), *mine])))
+        if len(log_rho_N):
+            limit = losses.LOG_RATIO_LIMIT
+            gamma = math.exp(mismatch.quantile(log_rho_N.clamp(-limit, limit), self.gamma_quantile))
+            self.gamma = max(gamma, LEAST_GAMMA)
+            self.off_policy_loss = bind_off_policy(self.algorithm, gamma=self.gamma)
 
     def after_step(self, step: int, figures: Mapping[str, float]) -> Reason | None:
         """Move the steered coefficients by the figures of a whole step; why the reference is to be reset, or None."""
@@ -165,6 +202,8 @@ class Objective:
             shown |= {"policy/kl_coef": self.kl_coef, "policy/ref_resets": float(self.num_resets)}
         if self.algorithm.entropy.coef or self.algorithm.entropy.target is not None:
             shown["policy/entropy_coef"] = self.bonus
+        if self.gamma is not None:
+            shown["guided/gamma"] = self.gamma
         return shown
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,10 +223,11 @@ class Objective:
         self.resets = ResetState(**state["resets"])
 
     def _correction(self, prox_BT: Tensor, micro: Micro) -> Tensor:
+        """Of tokens that the policy wrote: with the others the ratio of their own loss has it all."""
         weight_BT = torch.ones_like(prox_BT)
         for correct in self.corrections:
             weight_BT = weight_BT * correct(prox_BT, micro)
-        return weight_BT
+        return weight_BT.masked_fill(micro.off_policy_BT, 1.0)
 
     def _kept(self, micro: Micro, logp_BT: Tensor) -> Tensor:
         """False where the policy gradient is left out, though the token stays in the denominator."""
@@ -195,7 +235,8 @@ class Objective:
         if limit is not None:
             where = {"document_BT": micro.document_BT, "mask_BT": micro.mask_BT}
             behavior_BT, adv_BT = micro.behavior_logp_BT, micro.adv_BT
-            kept_BT = kept_BT & losses.offpolicy_sequence_mask(logp_BT, behavior_BT, adv_BT, limit=limit, **where)
+            drifted_BT = ~losses.offpolicy_sequence_mask(logp_BT, behavior_BT, adv_BT, limit=limit, **where)
+            kept_BT = kept_BT & (~drifted_BT | micro.off_policy_BT)
         if self.algorithm.entropy.top_frac < 1:
             entropy_BT = micro.scores["entropy"]
             top_BT = entropy.top_entropy_mask(entropy_BT, micro.mask_BT, threshold=self.entropy_threshold)
@@ -208,8 +249,11 @@ class Objective:
         return kl(self.algorithm.kl.estimator, logp_BT, micro.scores["ref_logp"])
 
     def _remember(self, prox_BT: Tensor, weight_BT: Tensor | None, micro: Micro, version: int) -> None:
-        mask_BT = micro.mask_BT
-        log_rho_N = (prox_BT - micro.behavior_logp_BT)[mask_BT].float()
+        log_rho_BT = (prox_BT - micro.behavior_logp_BT).float()
+        if micro.has_off_policy:
+            self.seen_off_policy.append(log_rho_BT[micro.mask_BT & micro.off_policy_BT].cpu())
+        mask_BT = micro.mask_BT & ~micro.off_policy_BT
+        log_rho_N = log_rho_BT[mask_BT]
         limit = losses.LOG_RATIO_LIMIT
         weight_N = log_rho_N.clamp(-limit, limit).exp() if weight_BT is None else weight_BT[mask_BT].float()
         age_N = (version - micro.version_BT[mask_BT]).float()
@@ -227,6 +271,14 @@ def bind_loss(chosen: Mapping[str, Any]) -> PolicyLoss:
         return bound(logp_BT, behavior_BT, adv_BT, **{name: given[name] for name in takes})
 
     return loss
+
+
+def bind_off_policy(algorithm: Algorithm, *, gamma: float | None) -> PolicyLoss:
+    """The loss of off-policy tokens; `gamma` replaces the recipe's."""
+    chosen = {name: value for name, value in algorithm.off_policy.loss.items() if name != "quantile"}
+    if chosen["use"] == "same":
+        return bind_loss(algorithm.loss)
+    return bind_loss(chosen if gamma is None else {**chosen, "gamma": gamma})
 
 
 def _bind_correction(chosen: Mapping[str, Any]) -> Callable[[Tensor, Micro], Tensor]:

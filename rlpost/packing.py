@@ -115,7 +115,7 @@ class _Page:
     def __init__(self, shape: tuple[int, int], names: Sequence[str]) -> None:
         self.tokens_BT, self.position_BT, self.target_BT, self.version_BT = torch.zeros(4, *shape, dtype=torch.long)
         self.document_BT, self.prefix_BT = torch.full((2, *shape), -1)
-        self.mask_BT = torch.zeros(shape, dtype=torch.bool)
+        self.mask_BT, self.off_policy_BT = torch.zeros(2, *shape, dtype=torch.bool)
         self.trained: dict[str, Tensor] = {name: torch.zeros(shape) for name in names}
         self.num_documents = 0
         self.num_prefixes = 0
@@ -139,6 +139,7 @@ class _Page:
         self.position_BT[b, own:end] = torch.arange(skipped, len(ids))
         self.target_BT[b, own : end - 1] = ids[skipped + 1 :]
         self.version_BT[b, own:end] = document.version
+        self.off_policy_BT[b, own:end] = document.off_policy
         self.document_BT[b, own:end] = self.num_documents
         self.num_documents += 1
         place, tokens = span(document, begin)
@@ -165,8 +166,10 @@ class _Page:
             weight_BT=there(self.trained["weight"]),
             imitation_weight_BT=there(self.trained["imitation_weight"]),
             version_BT=there(self.version_BT),
+            off_policy_BT=there(self.off_policy_BT),
             prefix_BT=there(self.prefix_BT),
             shares_prompts=self.num_prefixes > 0,
+            has_off_policy=bool(self.off_policy_BT.any()),
             scores={name: there(self.trained[name]) for name in scores},
         )
 

@@ -15,6 +15,7 @@ from rlpost.flops import Shape
 from rlpost.model_shape import model_sizes
 from rlpost.recipe import Recipe
 from rlpost.types import Task
+from rlpost.widths import generated_a_prompt, trained_a_step, updates_a_step
 
 UTILISATION = 0.4
 """Share of the peak that matrix products reach: dense training at scale reports 0.46 (PaLM, table 3, arXiv:2204.02311),
@@ -89,8 +90,13 @@ class Plan:
 
     @property
     def rollouts(self) -> int:
+        """Of one rank, without those under hints."""
+        return self.recipe.prompts_per_step * generated_a_prompt(self.recipe) // self.ranks
+
+    @property
+    def trained_rollouts(self) -> int:
         """Of one rank."""
-        return self.recipe.prompts_per_step * self.recipe.sampling.group_size // self.ranks
+        return trained_a_step(self.recipe) // self.ranks
 
     @property
     def longest(self) -> int:
@@ -101,7 +107,7 @@ class Plan:
     @property
     def updates(self) -> int:
         """Optimizer steps of a step."""
-        return self.recipe.algorithm.minibatches * self.recipe.algorithm.epochs
+        return updates_a_step(self.recipe) * self.recipe.algorithm.epochs
 
     @property
     def cache_room(self) -> int:
@@ -173,14 +179,14 @@ def prompt_length(recipe: Recipe, tasks: Sequence[Task]) -> int:
 
 def step_of(plan: Plan, completion: int) -> Step:
     """One rank's share of a step."""
-    algorithm, micro_tokens = plan.recipe.algorithm, plan.recipe.batch.micro_tokens
+    rollouts, micro_tokens = plan.trained_rollouts, plan.recipe.batch.micro_tokens
     length = plan.prompt + completion
     in_a_row = max(1, (plan.row_positions or micro_tokens) // length)
-    rows_each = -(-plan.rollouts // (algorithm.minibatches * in_a_row))
+    rows_each = -(-rollouts // (updates_a_step(plan.recipe) * in_a_row))
     num_micros = -(-rows_each // max(1, micro_tokens // (in_a_row * length)))
-    whole, rest = divmod(plan.rollouts, in_a_row)
+    whole, rest = divmod(rollouts, in_a_row)
     rows = [in_a_row * length] * whole + [rest * length] * (rest > 0)
-    logits, documents = plan.rollouts * completion, [length] * plan.rollouts
+    logits, documents = rollouts * completion, [length] * rollouts
     pairs = flops.full_pairs(rows) if plan.row_positions else flops.causal_pairs(documents)
     work = _training(plan, positions=sum(rows), pairs=pairs, logits=logits)
     across_frac = 0.0
@@ -275,7 +281,7 @@ def memory_of(plan: Plan) -> dict[str, tuple[int, int]]:
     gone = PARKED[park_of(recipe, on_gpu=plan.device.is_gpu)] if plan.device.is_gpu else frozenset()
     (generating, parked), bucket = _generator_bytes(plan), _bucket_bytes(plan)
     longest = plan.prompt + plan.longest
-    positions = min(max(recipe.batch.micro_tokens, longest), plan.rollouts * longest)
+    positions = min(max(recipe.batch.micro_tokens, longest), plan.trained_rollouts * longest)
     kept = flops.activation_bytes(
         plan.shape,
         size,

@@ -19,66 +19,15 @@ from omegaconf.errors import OmegaConfBaseException
 from rlpost.algorithm_recipe import Algorithm
 from rlpost.algorithms import ALGORITHMS, with_bundle
 from rlpost.errors import RecipeError
+from rlpost.model_recipe import InitModel, Lora, Model
 from rlpost.plugins import did_you_mean, make_importable
 from rlpost.yaml_tree import expand, override, parse
 
+__all__ = ["InitModel", "Lora", "Model", "Recipe", "load", "read", "to_yaml"]
 CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 CRITIC_LR_RATIO = 2.0
 """As in VAPO, arXiv:2504.05118: 1e-6 and 2e-6."""
 _WORDS: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
-
-
-@dataclass
-class InitModel:
-    """A small Llama made from nothing, with a tokenizer that needs no hub."""
-
-    tokenizer: Literal["char", "byte"] = "byte"
-    alphabet: str = ""
-    """The characters that a `char` tokenizer knows; any other is an error, never an unknown token."""
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    num_layers: int = 3
-    num_heads: int = 4
-    num_kv_heads: int | None = None
-    tie_embeddings: bool = True
-
-
-@dataclass
-class Lora:
-    """Low-rank adapters in place of full training: W + (alpha / rank) B A, and only A and B learn. arXiv:2106.09685."""
-
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    """On the adapters' input, where a gradient is taken; above 0 the first ratio of a batch is not 1."""
-    targets: Any = "all-linear"
-    """`all-linear`: every linear layer but the head; or a list of the layers' names, such as `[q_proj, v_proj]`."""
-    quantize: Literal["nf4"] | None = None
-    """nf4: frozen weights in 4 bits, through bitsandbytes (QLoRA, arXiv:2305.14314)."""
-
-
-@dataclass
-class Model:
-    """Where the policy's weights come from: `path`, or `init` for a new small one."""
-
-    path: str | None = None
-    """A Hugging Face causal LM folder, a hub name, or a GGUF file."""
-    init: InitModel | None = None
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    context: int | None = None
-    """Prompt and completion together, in tokens; None: what the model was made for."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """auto: flash attention's variable-length path where it is installed and there is a GPU, else sdpa."""
-    gradient_checkpointing: bool = False
-    offload_activations: bool = False
-    """Keep what gradient checkpointing saves, the input of each layer, in the host's memory until it is needed."""
-    logp_chunk: int = 512
-    """Tokens whose logits are alive at once."""
-    head_dtype: Literal["float32"] | None = None
-    """float32: logits are products of float32 numbers, here and in vLLM; weights stay as `dtype`. None: as `dtype`."""
-    trust_remote_code: bool = False
-    lora: Lora | None = None
-    """None: all weights are trained, also by `sft`."""
 
 
 @dataclass
@@ -142,6 +91,16 @@ class SamplingRecipe:
 
 
 @dataclass
+class ExploreBudget:
+    """Where the waves of `explore` end, whatever the explorers ask for."""
+
+    waves: int = 64
+    """Of a step, beyond the first."""
+    rollouts: int | None = None
+    """Of a step, beyond the first wave, over all ranks; null: no bound."""
+
+
+@dataclass
 class GeneratorRecipe:
     """Who samples rollouts, and with how much memory."""
 
@@ -172,6 +131,8 @@ class EngineRecipe:
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     lr: float = 1e-6
+    lr_rollouts: int | None = None
+    """Trained rollouts a step that `lr` was chosen for: it grows with the square root of what a step has over them."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -274,6 +235,10 @@ class Recipe:
     rewards: list[dict[str, Any]] = field(default_factory=list)
     """Each with `use` (a name in `rewards/` or a dotted path), `weight` (default 1.0), and the reward's parameters."""
     sampling: SamplingRecipe = field(default_factory=SamplingRecipe)
+    explore: list[dict[str, Any]] = field(default_factory=list)
+    """Explorers, asked in this order for further rollouts: each with `use` (a name in `rlpost/explore/` or a dotted
+    path) and its parameters. Left out: the algorithm's."""
+    explore_budget: ExploreBudget = field(default_factory=ExploreBudget)
     algorithm: Algorithm = field(default_factory=Algorithm)
     generator: GeneratorRecipe = field(default_factory=GeneratorRecipe)
     engine: EngineRecipe = field(default_factory=EngineRecipe)
@@ -304,8 +269,9 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[
     make_importable(path.parent)
     tree = expand(parse(path))
     problems: list[str] = []
-    for text in overrides:
+    for text in sorted(overrides, key=lambda text: not text.startswith("algorithm.name=")):
         problems += override(tree, text)
+        _name_explorers(tree)  # so that a later override finds the explorer that it changes
     _name_algorithm(tree)
     config: DictConfig = OmegaConf.structured(Recipe)
     _merge(config, Recipe, tree, "", problems)
@@ -317,8 +283,18 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[
     return _fill(recipe, path.stem), problems
 
 
+def _name_explorers(tree: dict[str, Any]) -> None:
+    """Fill in the explorers that the named algorithm stands for, where the recipe lists none."""
+    section = tree.get("algorithm")
+    name = section.get("name", Algorithm.name) if isinstance(section, dict) else section or Algorithm.name
+    bundle = ALGORITHMS.get(str(name))
+    if "explore" not in tree and bundle is not None and bundle.explore:
+        tree["explore"] = [dict(one) for one in bundle.explore]
+
+
 def _name_algorithm(tree: dict[str, Any]) -> None:
     """Fill in what the named algorithm stands for, below what the recipe says."""
+    _name_explorers(tree)
     section = {} if tree.get("algorithm") is None else tree["algorithm"]
     if not isinstance(section, dict):
         return

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
+from typing import Any
 
 from rlpost import figures
-from rlpost.collect import collect, shard
+from rlpost.balance import balanced
+from rlpost.collect import add_to, answers, collect, shard
 from rlpost.credit import add_length_rewards
-from rlpost.errors import RunError, SharedError
 from rlpost.run import Run
 from rlpost.score import score
-from rlpost.types import Group, Outcome
+from rlpost.types import Group, Outcome, Request, Rollout
+from rlpost.world import World
 
 
 def gather(run: Run, step: int) -> list[Group]:
@@ -46,34 +49,98 @@ def gather(run: Run, step: int) -> list[Group]:
 
 
 def wave(run: Run, step: int, size: int) -> list[Group]:
-    """`size` tasks over all ranks, answered and scored; the curriculum learns of all of them."""
+    """`size` tasks over all ranks, answered, explored and scored; the curriculum learns of all of them."""
     recipe, world = run.recipe, run.world
     with run.clock("select"):
         tasks = run.curriculum.select(size)  # the same list on every rank
         mine = shard(tasks, world.rank, world.size)
     with run.clock("generate"):
-        groups = collect(
-            run.generator,
-            run.renderer,
-            mine,
-            run.sampling,
-            group_size=recipe.sampling.group_size,
-            first_group=run.next_group,
-            seed=recipe.seed,
-            interruption=recipe.algorithm.interruption,
-        )
+        how: dict[str, Any] = {"first_group": run.next_group, "seed": recipe.seed}
+        group_size, interruption = recipe.sampling.group_size, recipe.algorithm.interruption
+        parts = run.generator, run.renderer, mine
+        groups = collect(*parts, run.sampling, group_size=group_size, interruption=interruption, **how)
         greedy = []
         if recipe.algorithm.advantage["use"] == "remax":
-            sampling = replace(run.sampling, temperature=0.0)
-            greedy = collect(
-                run.generator, run.renderer, mine, sampling, group_size=1, first_group=run.next_group, seed=recipe.seed
-            )
+            greedy = collect(*parts, replace(run.sampling, temperature=0.0), group_size=1, **how)
         world.barrier()  # waiting for the longest answer is generation, on every rank
     run.next_group += size
     with run.clock("reward"):
-        run.curriculum.observe(score_together(run, step, groups, greedy))
+        score_together(run, [*groups, *greedy])
+        for group, answer in zip(groups, greedy, strict=False):
+            reward = answer.rollouts[0].reward
+            group.greedy_reward = math.nan if reward is None else reward
+    if run.explorers.every:
+        explore(run, step, groups)
+    with run.clock("reward"):
+        outcomes = [one for rank in world.all_gather_object([outcome(group, step) for group in groups]) for one in rank]
+        run.curriculum.observe(outcomes)
+        run.explorers.observe(outcomes)
+        run.metrics.sum("explore/newly_solved", run.frontier.observe(outcomes) if world.is_main else 0)
         add_length_rewards(groups, recipe.algorithm.length, budget=recipe.sampling.max_new_tokens, step=step)
     return groups
+
+
+def explore(run: Run, step: int, groups: list[Group]) -> None:
+    """Waves of what the explorers ask for, each scored before the next, until nobody asks or the budget ends.
+
+    Every rank answers as many requests as the others, whoever asked.
+    """
+    budget, world = run.recipe.explore_budget, run.world
+    left = sys.maxsize if budget.rollouts is None else budget.rollouts // world.size
+    for waves in range(1, budget.waves + 1):
+        with run.clock("explore"):
+            requests = within(world.together(lambda: run.explorers.requests(step, groups)), left)
+            left -= sum(request.n for request in requests)
+            if not world.sum(len(requests)):
+                break
+            mine = balanced([(world.rank, one) for one in requests], [float(one.n) for one in requests], world)
+        with run.clock("generate"):
+            asked = [request for _, request in mine]
+            found = answers(run.generator, run.renderer, asked, run.sampling, run.recipe.algorithm.interruption)
+            found = sent_home(found, {request.group: home for home, request in mine}, world)
+        with run.clock("reward"):
+            score_together(run, [Group(-1, one.task, [one]) for one in found])
+        add_to(groups, found)
+        run.metrics.sum("explore/rollouts", len(found))
+        run.metrics.max("explore/waves", waves)
+    world.together(lambda: run.explorers.settle(groups))
+
+
+def score_together(run: Run, groups: list[Group]) -> None:
+    """Score this rank's rollouts; where a reward fails on one rank, every rank raises its error."""
+    run.world.together(lambda: score(groups, run.rewards))
+
+
+def within(requests: list[Request], rollouts: int) -> list[Request]:
+    """Requests cut to a number of rollouts, in order.
+
+    >>> from rlpost.types import Task
+    >>> [one.n for one in within([Group(0, Task("a", ""), []).request(n) for n in (4, 4, 4)], 6)]
+    [4, 2]
+    """
+    kept = []
+    for request in requests:
+        if rollouts < 1:
+            break
+        kept.append(replace(request, n=min(request.n, rollouts)))
+        rollouts -= request.n
+    return kept
+
+
+def sent_home(rollouts: list[Rollout], homes: dict[int, int], world: World) -> list[Rollout]:
+    """This rank's rollouts, from whatever rank made them; `homes` has the rank of each group that this one made."""
+    if world.size == 1:
+        return rollouts
+    every_rank = world.all_gather_object([(homes[rollout.group], rollout) for rollout in rollouts])
+    return [rollout for made in every_rank for home, rollout in made if home == world.rank]
+
+
+def outcome(group: Group, step: int) -> Outcome:
+    """What the curriculum and the explorers hear of a group: what the policy did alone, and under hints."""
+    alone = group.by_policy
+    hinted = tuple((one.level, one.passed) for one in (*group.rollouts, *group.left_out) if one.level)
+    rewards, passed = tuple(one.reward for one in alone), tuple(one.passed for one in alone)
+    return Outcome(group.task.key, rewards, step, passed, hinted)
 
 
 def next_wave(missing: int, acceptance: float, *, ranks: int, limit: int) -> int:
@@ -84,24 +151,3 @@ def next_wave(missing: int, acceptance: float, *, ranks: int, limit: int) -> int
     """
     tried = missing / acceptance if acceptance else limit
     return min(limit, math.ceil(tried / ranks) * ranks)
-
-
-def score_together(run: Run, step: int, groups: list[Group], greedy: list[Group]) -> list[Outcome]:
-    """Score this rank's groups, and return the outcomes of all ranks; where one fails, every rank raises its error."""
-    error = None
-    try:
-        score([*groups, *greedy], run.rewards)
-    except RunError as failed:
-        error = failed
-    for group, answer in zip(groups, greedy, strict=False):
-        reward = answer.rollouts[0].reward
-        group.greedy_reward = math.nan if reward is None else reward
-    outcomes = [
-        Outcome(group.task.key, tuple(group.rewards), step, tuple(rollout.passed for rollout in group.rollouts))
-        for group in groups
-    ]
-    every_rank = run.world.all_gather_object((None if error is None else str(error), outcomes))
-    for message, _ in every_rank:
-        if message is not None:
-            raise SharedError(message) from error
-    return [outcome for _, one_rank in every_rank for outcome in one_rank]

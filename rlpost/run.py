@@ -15,6 +15,8 @@ from rlpost.critic import Critic, load_value_model
 from rlpost.engine import Engine, Frozen, Reference, WithoutAdapters
 from rlpost.errors import RunError
 from rlpost.evaluate import Evaluator
+from rlpost.explorers import Explorers
+from rlpost.frontier import Frontier
 from rlpost.generate.base import Canary, Generator, canary_tokens
 from rlpost.metrics import Clock, Metrics
 from rlpost.model_source import context_length, model_folder
@@ -32,6 +34,7 @@ from rlpost.sft import base_model
 from rlpost.tasks import load_task_sets
 from rlpost.trackers import Trackers
 from rlpost.types import Sampling, Task
+from rlpost.widths import lr_scale, updates_a_step
 from rlpost.world import World
 
 
@@ -51,6 +54,7 @@ class Run:
     generator: Generator
     sampling: Sampling
     rewards: list[BoundReward]
+    explorers: Explorers
     packer: Packer
     engine: Engine
     reference: Reference | None
@@ -61,6 +65,7 @@ class Run:
     trackers: Trackers
     samples: Samples
     checkpoints: Checkpoints
+    frontier: Frontier = field(default_factory=Frontier)
     start_step: int = 0
     next_group: int = 0
     """The id of the next group to be generated."""
@@ -92,45 +97,51 @@ class Engines:
 
 
 def build(recipe: Recipe, world: World) -> Run:
-    """Make every part; text is checked before anything is trained, and the generator takes its memory last."""
+    """Make every part, and go on from a checkpoint where the recipe asks for it."""
     clock = Clock(torch.cuda.synchronize if world.device.type == "cuda" else None, gauge=gauge_of(world.device))
     with clock("setup"):
-        train_tasks, eval_tasks = load_task_sets(recipe)
-        rewards = bind_rewards(recipe.rewards)
-        curriculum = make_curriculum(recipe, train_tasks)
-        start = model_folder(recipe, world)
-        renderer = make_renderer(recipe, start)
-        sampling = training_sampling(recipe, train_tasks, renderer)
-        evaluator = make_evaluator(recipe, eval_tasks, renderer, rewards, world)
-        folder = open_run(recipe, world)
-        with clock("sft"):
-            model = base_model(recipe, world) if recipe.sft else start
-        engine, reference, critic = make_engines(recipe, model, world)
-        run = Run(
-            recipe=recipe,
-            world=world,
-            folder=folder,
-            model=model,
-            clock=clock,
-            curriculum=curriculum,
-            renderer=renderer,
-            generator=make_generator(recipe, model, renderer, train_tasks[0], engine),
-            sampling=sampling,
-            rewards=rewards,
-            packer=make_packer(recipe, world, model),
-            engine=engine,
-            reference=reference,
-            critic=critic,
-            objective=Objective(recipe.algorithm, world),
-            evaluator=evaluator,
-            metrics=Metrics(world),
-            trackers=Trackers(folder, recipe, world),
-            samples=Samples(folder, recipe.logging.samples_per_step),
-            checkpoints=Checkpoints(folder, world, keep=recipe.keep_checkpoints),
-        )
+        run = assemble(recipe, world, clock)
         resume(run)
     clock.lap()
     return run
+
+
+def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
+    """The parts, new; text is checked before anything is trained, and the generator takes its memory last."""
+    train_tasks, eval_tasks = load_task_sets(recipe)
+    rewards = bind_rewards(recipe.rewards)
+    curriculum = make_curriculum(recipe, train_tasks)
+    start = model_folder(recipe, world)
+    renderer = make_renderer(recipe, start)
+    sampling = training_sampling(recipe, train_tasks, renderer)
+    evaluator = make_evaluator(recipe, eval_tasks, renderer, rewards, world)
+    folder = open_run(recipe, world)
+    with clock("sft"):
+        model = base_model(recipe, world) if recipe.sft else start
+    engine, reference, critic = make_engines(recipe, model, world)
+    return Run(
+        recipe=recipe,
+        world=world,
+        folder=folder,
+        model=model,
+        clock=clock,
+        curriculum=curriculum,
+        renderer=renderer,
+        generator=make_generator(recipe, model, renderer, train_tasks[0], engine),
+        sampling=sampling,
+        rewards=rewards,
+        explorers=make_explorers(recipe, renderer, sampling),
+        packer=make_packer(recipe, world, model),
+        engine=engine,
+        reference=reference,
+        critic=critic,
+        objective=Objective(recipe.algorithm, world),
+        evaluator=evaluator,
+        metrics=Metrics(world),
+        trackers=Trackers(folder, recipe, world),
+        samples=Samples(folder, recipe.logging.samples_per_step),
+        checkpoints=Checkpoints(folder, world, keep=recipe.keep_checkpoints),
+    )
 
 
 def resume(run: Run) -> None:
@@ -152,6 +163,8 @@ def _restore(run: Run) -> None:
         run.objective.load_state_dict(state["objective"])
         run.next_group = int(state["next_group"])
         run.curriculum.load_state_dict(state["curriculum"])
+        run.explorers.load_state_dict(state["explorers"])
+        run.frontier.load_state_dict(state["frontier"])
         run.clock.load_state_dict(state["clock"])
         run.evals.update(state["evals"])
         run.start_step = int(state["step"])
@@ -189,6 +202,17 @@ def check_room(recipe: Recipe, tasks: list[Task], renderer: Renderer, max_new_to
     check_lengths(tasks, renderer, max_new_tokens, where)
 
 
+def make_explorers(recipe: Recipe, renderer: Renderer, sampling: Sampling) -> Explorers:
+    """What the recipe's `explore` lists."""
+    given = {
+        "seed": recipe.seed,
+        "renderer": renderer,
+        "sampling": sampling,
+        "group_size": recipe.sampling.group_size,
+    }
+    return Explorers(recipe.explore, given, context=renderer.context)
+
+
 def make_evaluator(
     recipe: Recipe, tasks: list[Task], renderer: Renderer, rewards: list[BoundReward], world: World
 ) -> Evaluator | None:
@@ -208,7 +232,8 @@ def make_engines(recipe: Recipe, model: Path, world: World) -> tuple[Engine, Ref
     shared: dict[str, Any] = {"dtype": recipe.model.dtype, "world": world}
     with_critic = algorithm.advantage["use"] == "gae"
     alone = (algorithm.critic.pretrain_steps or 0) if with_critic else 0
-    a_step = algorithm.minibatches * algorithm.epochs
+    a_step = updates_a_step(recipe) * algorithm.epochs
+    engine = replace(engine, lr=engine.lr * lr_scale(recipe))
     by_temperature = shared | {"temperature": recipe.sampling.temperature}
     has_bonus = algorithm.entropy.coef > 0 or algorithm.entropy.target is not None
     policy = load_policy(model, recipe.model, entropy_grad=has_bonus, seed=recipe.seed)
@@ -220,7 +245,7 @@ def make_engines(recipe: Recipe, model: Path, world: World) -> tuple[Engine, Ref
         reference = Frozen(load_policy(model, recipe.model), engine, **by_temperature)
     critic: Critic | None = None
     if with_critic:
-        own = replace(engine, lr=algorithm.critic.lr or engine.lr)
+        own = replace(engine, lr=(algorithm.critic.lr or recipe.engine.lr) * lr_scale(recipe))
         critic = Critic(load_value_model(model, recipe.model), own, total_updates=recipe.steps * a_step, **shared)
     others = [part.shelf for part in (reference, critic) if isinstance(part, Frozen | Critic)]
     trained.parking = Parking(park_of(recipe, on_gpu=world.device.type == "cuda"), trained.shelf, others)

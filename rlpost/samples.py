@@ -56,6 +56,7 @@ def sample(step: int, rollout: Rollout) -> dict[str, Any]:
         "parts": rollout.reward_parts,
         "finish_reason": rollout.finish_reason,
         "num_tokens": len(rollout.token_ids),
+        **({"role": rollout.role, "hint": rollout.hint, "level": rollout.level} if rollout.role != "policy" else {}),
     }
 
 
@@ -74,9 +75,11 @@ def render(sample: Mapping[str, Any]) -> Text:
     """One sample for rich to print; never as markup, which would eat the backslash of a completion's `\\[`."""
     reward = "unjudged" if sample["reward"] is None else f"{sample['reward']:.3g}"
     parts = ", ".join(f"{name} {'-' if value is None else f'{value:.3g}'}" for name, value in sample["parts"].items())
+    hint = f"hint of level {sample['level']}: {sample['hint']}\n" if sample.get("hint") else ""
     return Text.assemble(
         (f"step {sample['step']}  task {sample['task']}  reward {reward} ({parts})\n", "bold"),
         (f"{sample['prompt']}\n", "dim"),
+        (hint, "dim italic"),
         f"{sample['completion']}\n",
         (f"{sample['num_tokens']} tokens, {sample['finish_reason']}; answer: {sample['answer']}", "dim"),
     )

@@ -55,6 +55,47 @@ def chain_sums(
         yield {"prompt": prompt, "answer": correct_answer(prompt), "solution": solution, "terms": level}
 
 
+def sums_with_hints(
+    *,
+    split: str,
+    size: int,
+    min_terms: int,
+    max_terms: int,
+    hinted_terms: list[int],
+    hinted_frac: float = 0.5,
+    max_total: int = 20,
+    error_rate: float = 0.0,
+    seed: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Plain problems, and among them longer ones whose prompt begins with first steps of the solution and a `#`.
+
+    A base model that learns from these can read a hint, and has never seen a long problem without one. The lengths of
+    hinted problems are the range `hinted_terms`, and how many steps are shown is drawn anew for each.
+
+    >>> rows = sums_with_hints(split="train", size=2, min_terms=2, max_terms=3, hinted_terms=[6, 6], hinted_frac=1.0)
+    >>> row = next(rows)
+    >>> hint, _, problem = row["prompt"].rpartition("#")
+    >>> row["solution"].startswith(hint), row["solution"] == correct_chain(problem), row["terms"]
+    (True, True, 6)
+    """
+    if not 0 <= hinted_frac <= 1:
+        raise RunError(f"sums_with_hints: hinted_frac must be in [0, 1] (got {hinted_frac})")
+    shared: dict[str, Any] = {"split": split, "max_total": max_total, "error_rate": error_rate, "seed": seed}
+    plain = chain_sums(size=size, min_terms=min_terms, max_terms=max_terms, **shared)
+    hinted = chain_sums(size=size, min_terms=hinted_terms[0], max_terms=hinted_terms[1], **shared)
+    rng = random.Random(f"{seed} hints")
+    for _ in range(size):
+        if rng.random() >= hinted_frac:
+            row = next(plain, None)
+        elif (row := next(hinted, None)) is not None:
+            steps = row["solution"].split(";")[:-1]
+            shown = "".join(f"{step};" for step in steps[: 1 + _below(rng, len(steps))])
+            row = {**row, "prompt": f"{shown}#{row['prompt']}"}
+        if row is None:
+            return
+        yield row
+
+
 def correct_chain(prompt: str) -> str:
     """The one right solution.
 

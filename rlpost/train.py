@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlpost import figures
 from rlpost.batch import documents_of, in_parts, make_batch, with_scores
+from rlpost.behavior import with_behavior
 from rlpost.credit import credit
 from rlpost.document import Document
 from rlpost.errors import RunError, SharedError
@@ -22,6 +23,7 @@ from rlpost.run import Run, build
 from rlpost.summary import write_summary
 from rlpost.types import Batch, Group, Micro
 from rlpost.update import update
+from rlpost.widths import updates_a_step
 from rlpost.world import World
 
 
@@ -54,6 +56,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     groups = gather(run, step)
     with clock("score"):
         documents = score_documents(run, documents_of(groups, train_truncated=recipe.algorithm.truncated == "keep"))
+        documents = with_behavior(run, documents)
         run.objective.begin(documents)
     with clock("batch"):
         batches = make_batches(run, groups, documents)
@@ -83,6 +86,7 @@ def score_documents(run: Run, documents: list[Document]) -> list[Document]:
     scored_by_policy = run.objective.needs_prox
     if not scored_by_policy and reference is None and critic is None:
         return documents
+    chosen = [document for document in documents if document.inclusion]
 
     def scores(micro: Micro) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -94,7 +98,8 @@ def score_documents(run: Run, documents: list[Document]) -> list[Document]:
             found["value"] = critic.values(micro)
         return found
 
-    return with_scores(documents, run.packer, run.world, scores)
+    scored = iter(with_scores(chosen, run.packer, run.world, scores))
+    return [next(scored) if document.inclusion else document for document in documents]
 
 
 def make_batches(run: Run, groups: list[Group], documents: list[Document]) -> list[Batch]:
@@ -102,7 +107,8 @@ def make_batches(run: Run, groups: list[Group], documents: list[Document]) -> li
     algorithm, weights = run.recipe.algorithm, {reward.name: reward.weight for reward in run.rewards}
     kl_coef, max_tokens = run.objective.kl_coef, algorithm.aggregation_tokens or 1
     credited = credit(groups, documents, algorithm, weights, kl_coef=kl_coef, world=run.world)
-    parts = in_parts(credited, [group.id for group in groups], algorithm.minibatches)
+    cut, ids = algorithm.minibatch_rollouts is not None, [group.id for group in groups]
+    parts = in_parts(credited, ids, updates_a_step(run.recipe), cut=cut)
     return [make_batch(part, run.packer, run.world, algorithm.aggregation, max_tokens) for part in parts]
 
 
@@ -133,13 +139,16 @@ def adapt(run: Run, step: int, logged: dict[str, float]) -> str | None:
 @contextmanager
 def saved_on_failure(run: Run, step: int) -> Iterator[None]:
     """Where all ranks fail together before the step has changed the policy, save what the steps before it gave."""
-    updates, curriculum, next_group = run.engine.updates, run.curriculum.state_dict(), run.next_group
+    updates, next_group = run.engine.updates, run.next_group
+    listeners = run.curriculum, run.explorers, run.frontier
+    states = [listener.state_dict() for listener in listeners]
     try:
         yield
     except SharedError as error:
         if not step or run.engine.updates != updates:
             raise
-        run.curriculum.load_state_dict(curriculum)
+        for listener, state in zip(listeners, states, strict=True):
+            listener.load_state_dict(state)
         run.next_group = next_group
         save(run, step)
         raise RunError(f"{error}\n{step} steps are saved: correct this and go on with resume=auto") from error
@@ -167,6 +176,8 @@ def save(run: Run, step: int) -> None:
     with run.clock("checkpoint"):
         state = {
             "curriculum": run.curriculum.state_dict(),
+            "explorers": run.explorers.state_dict(),
+            "frontier": run.frontier.state_dict(),
             "next_group": run.next_group,
             "objective": run.objective.state_dict(),
             "clock": run.clock.state_dict(),

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FinishReason = Literal["stop", "length", "abort"]
+Role = Literal["policy", "guided", "expert"]
+"""Who wrote an answer: the policy on the problem alone, the policy with a hint beside it, or somebody else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,43 @@ class Request:
     """Which group the rollouts belong to: an integer from the sampler, never the prompt's text."""
     task: Task
     prompt_ids: tuple[int, ...]
+    """What the generator sees."""
     n: int
     seed: int
     """Rollout i of this request is drawn with seed + i where the generator seeds each rollout."""
+    loss_prompt_ids: tuple[int, ...] | None = None
+    """What the loss conditions on; None: what the generator sees."""
+    role: Role = "policy"
+    hint: str = ""
+    level: int = 0
+    """Of the hint, from 1 (the weakest) on; 0: none."""
+    given: str | None = None
+    """The answer itself, which is then not generated."""
+
+    def rollout(
+        self,
+        token_ids: Sequence[int],
+        behavior_logp: Sequence[float],
+        *,
+        finish_reason: FinishReason,
+        version: int,
+        text: str,
+    ) -> Rollout:
+        """An answer to this request."""
+        return Rollout(
+            task=self.task,
+            group=self.group,
+            prompt_ids=self.prompt_ids if self.loss_prompt_ids is None else self.loss_prompt_ids,
+            sampled_prompt_ids=self.prompt_ids,
+            token_ids=tuple(token_ids),
+            behavior_logp=tuple(behavior_logp),
+            finish_reason=finish_reason,
+            version=version,
+            text=text,
+            role=self.role,
+            hint=self.hint,
+            level=self.level,
+        )
 
 
 @dataclass(slots=True)
@@ -101,7 +137,14 @@ class Rollout:
     version: int
     """The policy version (optimizer-step count at the last weight sync) that wrote the tokens."""
     text: str = ""
-    role: Literal["policy", "guided", "expert"] = "policy"
+    role: Role = "policy"
+    hint: str = ""
+    """What the generator saw beside the problem."""
+    level: int = 0
+    """Of the hint, as in `Request`."""
+    inclusion: float = 1.0
+    """With what probability it came to be trained; it counts 1 / inclusion times. 0: it is not trained, and counts in
+    the group's statistics alone."""
     reward: float | None = None
     """Weighted sum of the parts; None until scored, or where no reward could judge."""
     reward_parts: dict[str, float | None] = field(default_factory=dict)
@@ -109,6 +152,11 @@ class Rollout:
     """What the algorithm adds to the reward for the answer's length; not part of what counts as solved."""
     interrupted: bool = False
     """Whether the run ended the model's thinking and asked for the answer; its own tokens have no log-prob."""
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether the loss conditions on less than the writer knew, or the writer was not the policy."""
+        return self.role == "expert" or self.prompt_ids != self.sampled_prompt_ids
 
     @property
     def truncated(self) -> bool:
@@ -126,9 +174,9 @@ class Rollout:
 class Group:
     """All rollouts of one prompt in one step.
 
-    >>> group = Group(id=0, task=Task("a", "1+1="), rollouts=[])
-    >>> group.rewards
-    []
+    >>> group = Group(id=3, task=Task("a", "1+1="), rollouts=[], prompt_ids=(5, 6), seed=17)
+    >>> group.rewards, group.request(8).seed
+    ([], 17)
     """
 
     id: int
@@ -136,6 +184,21 @@ class Group:
     rollouts: list[Rollout]
     greedy_reward: float = math.nan
     """Reward of the greedy answer, where the algorithm asks for one; NaN where it could not be judged."""
+    prompt_ids: tuple[int, ...] = ()
+    """Of the problem alone."""
+    seed: int = 0
+    """Rollout i of the group is drawn with seed + i, in however many requests it was asked for."""
+    left_out: list[Rollout] = field(default_factory=list)
+    """Rollouts that an explorer has taken out: generated, and neither trained nor in the group's statistics."""
+
+    def request(self, n: int) -> Request:
+        """Ask for n more rollouts of the problem as it stands."""
+        return Request(self.id, self.task, self.prompt_ids, n, self.seed + len(self.rollouts))
+
+    @property
+    def by_policy(self) -> list[Rollout]:
+        """What the policy wrote without help, in the group or left out: how well it does."""
+        return [rollout for rollout in (*self.rollouts, *self.left_out) if rollout.role == "policy"]
 
     @property
     def rewards(self) -> list[float | None]:
@@ -161,6 +224,8 @@ class Outcome:
     step: int
     passed: tuple[bool | None, ...] = ()
     """`Rollout.passed` of each."""
+    hinted: tuple[tuple[int, bool | None], ...] = ()
+    """(level, passed) of each rollout that saw a hint; these are not in `rewards`."""
 
     @property
     def mean(self) -> float | None:
@@ -201,10 +266,14 @@ class Micro:
     """The same for imitation of correct answers; 0 outside of them."""
     version_BT: Tensor
     """The policy version that wrote the target."""
+    off_policy_BT: Tensor
+    """True where the target was written under another prompt, or by somebody else."""
     prefix_BT: Tensor
     """Which shared prompt a position belongs to or may look back to; -1 where there is none."""
     shares_prompts: bool
     """Whether any documents share a prompt: attention then follows `prefix_BT` and `document_BT`, not positions."""
+    has_off_policy: bool
+    """Whether `off_policy_BT` is True anywhere."""
     scores: Mapping[str, Tensor]
     """What earlier forward passes said of each trained token `[B, T]`: `prox_logp`, `ref_logp`, `value`, ..."""
 
@@ -219,4 +288,5 @@ class Batch:
 
     micros: tuple[Micro, ...]
     step_tokens: int
-    """Trained tokens of the whole optimizer step, over all ranks and micro-batches."""
+    """Trained tokens of the whole optimizer step, over all ranks and micro-batches; those that sampling left out are
+    in the weights' denominator and not here."""

@@ -29,5 +29,5 @@ def update(engine: Trainable, batch: Batch, loss_of: LossOf, metrics: Metrics) -
     for micro in batch.micros:
         loss, logged = loss_of(micro)
         engine.backward(loss)
-        metrics.tokens(micro.mask_BT, **logged)
+        metrics.tokens(micro.mask_BT & ~micro.off_policy_BT, **logged)
     return engine.step()

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+from rlpost.errors import RunError, SharedError
+
+T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Longer than any phase in which one rank waits for another, such as the longest answer of a step."""
@@ -81,6 +86,19 @@ class World:
         items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item)
         return items
+
+    def together(self, work: Callable[[], T]) -> T:
+        """This rank's result of `work`; where it fails on one rank, every rank raises that error."""
+        result: Any = None
+        error = None
+        try:
+            result = work()
+        except RunError as failed:
+            error = failed
+        for message in self.all_gather_object(None if error is None else str(error)):
+            if message is not None:
+                raise SharedError(message) from error
+        return cast(T, result)
 
     def sum(self, value: int) -> int:
         """The sum of an integer over all ranks."""

@@ -24,7 +24,8 @@ AT_HOME = {
     "datasets": {"rlpost/sources.py"},
     "pyarrow": {"rlpost/sources.py"},
     "reasoning_gym": {"rlpost/sources.py"},
-    "rich": {"rlpost/catalogue.py", "rlpost/progress.py", "rlpost/samples.py"},
+    "matplotlib": {"rlpost/simulate/brorl.py"},
+    "rich": {"rlpost/catalogue.py", "rlpost/progress.py", "rlpost/samples.py", "rlpost/simulate/brorl.py"},
     "wandb": {"rlpost/trackers.py"},
 }
 HEAVY = ("torch", "vllm", "deepspeed", "transformers", "datasets", "pyarrow", "reasoning_gym")
@@ -36,8 +37,10 @@ MATHEMATICS = (
     "lengths",
     "losses",
     "masked",
+    "mass_balance",
     "mismatch",
     "reference",
+    "subsample",
 )
 LIGHT = [
     "recipe",
@@ -102,7 +105,7 @@ def test_mathematics_needs_torch_only() -> None:
 
 
 def test_mathematics_knows_no_recipe_and_no_ranks() -> None:
-    standard = {"__future__", "collections", "dataclasses", "enum", "math", "torch", "typing"}
+    standard = {"__future__", "collections", "dataclasses", "enum", "itertools", "math", "random", "torch", "typing"}
     for name in MATHEMATICS:
         text = (ROOT / f"rlpost/{name}.py").read_text()
         ours = set(re.findall(r"from rlpost\.(\w+) import", text))

@@ -229,6 +229,12 @@ def test_parts_are_nearly_equal_and_keep_groups_whole(parts, wanted):
     assert [[one.group for one in part] for part in in_parts(shuffled, range(5), parts)] == wanted
 
 
+def test_a_wide_group_may_be_cut_into_parts():
+    documents = documents_of([group(0, [0.0, 1.0] * 4)])
+    assert [len(part) for part in in_parts(documents, [0], 4, cut=True)] == [2, 2, 2, 2]
+    assert [len(part) for part in in_parts(documents, [0], 4)] == [0, 0, 0, 8]
+
+
 def test_t3_each_minibatch_counts_its_own_tokens():
     documents = documents_of([group(i, [0.0, 1.0]) for i in range(5)])
     batches = [make_batch(part, packer(), World()) for part in in_parts(documents, range(5), 2)]

@@ -10,6 +10,7 @@ import torch
 from lab import train, train_here, weights
 
 from rlpost.algorithms import ALGORITHMS
+from rlpost.algorithms_explore import EXPLORING
 from rlpost.errors import RunError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -39,7 +40,7 @@ def rows(curve: list[dict]) -> list[dict]:
     return steps
 
 
-@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in ("vapo", "prorl_v2")])
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in ("vapo", "prorl_v2", *EXPLORING)])
 def test_every_algorithm_trains_from_its_name_alone(here, name: str) -> None:
     curve = rows(here(f"named-{name}", f"algorithm.name={name}", "steps=2"))
     minibatches = ALGORITHMS[name].section.get("minibatches", 1)

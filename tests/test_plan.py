@@ -14,6 +14,7 @@ from rlpost.model_shape import model_sizes
 from rlpost.plan import PROMPT_GUESS, make_plan, prompt_length, step_of
 from rlpost.plan_report import advice, bound, report
 from rlpost.types import Task
+from rlpost.widths import lr_scale
 from tests.bench.plan import compare, measured, table
 from tests.tiny import write_folder
 
@@ -278,3 +279,19 @@ def test_bench_compares_the_plan_at_the_length_of_the_run(tmp_path) -> None:
     seconds = step_of(plan, 30).seconds
     assert result["ratio"]["train"] == pytest.approx((seconds["train"] + seconds["optimizer"]) / 4.5)
     assert f"| {result['ratio']['train']:.2f} |" in table({"here": result}).splitlines()[2]
+
+
+def test_a_wide_group_costs_its_width_and_trains_its_sample() -> None:
+    wide = "explore=[{use: broaden, width: 128, train: 32}]"
+    plan, narrow = planned(wide), planned("sampling.group_size=32")
+    assert (plan.rollouts, plan.trained_rollouts) == (32 * 128, 32 * 32)
+    assert plan.expected.flops["decode"] == 4 * narrow.expected.flops["decode"]
+    assert plan.expected.flops["train"] == narrow.expected.flops["train"]
+    assert planned(wide, "algorithm.minibatch_rollouts=256").updates == 4
+
+
+def test_the_learning_rate_grows_with_the_root_of_the_batch() -> None:
+    wide = ["explore=[{use: broaden, width: 64}]", "engine.lr_rollouts=512"]
+    assert lr_scale(load_and_check(RECIPE, wide)) == 2.0  # 32 x 64 over 512
+    assert lr_scale(load_and_check(RECIPE, ["engine.lr_rollouts=512"])) == 1.0
+    assert lr_scale(load_and_check(RECIPE)) == 1.0

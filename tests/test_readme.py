@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from groups import rollout
 
 from rlpost import algorithms, losses
 from rlpost.check import load_and_check
@@ -15,7 +16,7 @@ from rlpost.metrics import metric_info
 from rlpost.objective import bind_loss
 from rlpost.packing import Packer
 from rlpost.recipe import read
-from rlpost.types import Micro, Outcome, Task
+from rlpost.types import Group, Micro, Outcome, Task
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,8 +28,9 @@ DOCUMENTS = (
     "recipes/README.md",
     "rewards/README.md",
     "curricula/README.md",
+    "rlpost/explore/README.md",
 )
-DESCRIBED = ("launch/*", "recipes/*", "rlpost/*.py", "rlpost/*/*.py", "rewards/*", "curricula/*")
+DESCRIBED = ("launch/*", "recipes/*", "rlpost/*.py", "rlpost/*/*.py", "rlpost/*/*.md", "rewards/*", "curricula/*")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -155,3 +157,17 @@ def test_the_curriculum_of_its_readme_chooses_near_the_target_and_resumes_exactl
     assert [task.key for task in curriculum.select(2)] == ["b", "c"]
     resumed.load_state_dict(json.loads(json.dumps(curriculum.state_dict())))
     assert resumed.select(3) == curriculum.select(3)
+
+
+def test_the_explorer_of_its_readme_asks_again_until_its_limit_and_resumes_exactly():
+    names: dict = {}
+    exec(blocks((ROOT / "rlpost/explore/README.md").read_text(encoding="utf-8"), "python")[0], names)
+    explorer, resumed = names["SecondLook"](limit=6), names["SecondLook"]()
+    failed = Group(0, Task("a", "1+1="), [rollout(False)] * 4, seed=7)
+    [request] = explorer.more(failed)
+    assert (request.n, request.seed) == (4, 11)
+    failed.rollouts += [rollout(False)] * 4
+    assert explorer.more(failed) == [] == explorer.more(Group(1, failed.task, [rollout(True)]))
+    explorer.observe([Outcome("a", (0.0,) * 8, 0, (False,) * 8), Outcome("b", (1.0,), 0, (True,))])
+    resumed.load_state_dict(json.loads(json.dumps(explorer.state_dict())))
+    assert resumed.metrics() == explorer.metrics() == {"needed": 1}

@@ -10,12 +10,15 @@ import torch
 from rlpost.algorithm_recipe import Algorithm, Groups
 from rlpost.batch import documents_of, make_batch
 from rlpost.errors import SharedError
+from rlpost.explorers import Explorers
+from rlpost.frontier import Frontier
 from rlpost.metrics import Clock, Metrics
 from rlpost.packing import Packer
-from rlpost.recipe import Recipe, SamplingRecipe
+from rlpost.recipe import ExploreBudget, Recipe, SamplingRecipe
 from rlpost.rollouts import gather, next_wave
 from rlpost.score import bind_rewards
-from rlpost.types import Rollout, Sampling, Task
+from rlpost.types import Request, Sampling, Task
+from rlpost.world import World as RealWorld
 
 ROWS = {"mixed": (1.0, 0.0), "solved": (1.0, 1.0), "hopeless": (0.0, 0.0)}
 
@@ -28,6 +31,8 @@ class World:
     def __init__(self, others=()):
         self.others = list(others)
         self.size = 1 + bool(others)
+
+    together = RealWorld.together
 
     def sum(self, value):
         return value + len(self.others)
@@ -61,7 +66,7 @@ class Generator:
     """Answers as the task's kind says; a greedy answer is a third."""
 
     def __init__(self):
-        self.wakes, self.greedy = 0, 0
+        self.wakes, self.greedy, self.asked = 0, 0, []
 
     @contextmanager
     def awake(self, engine, version):
@@ -73,8 +78,9 @@ class Generator:
 
     def answer(self, one, i, sampling):
         self.greedy += sampling.temperature == 0
-        text = "0.75" if sampling.temperature == 0 else str(ROWS[one.task.answer][i])
-        return Rollout(one.task, one.group, (1,), (1,), (2, 3), (-1.0, -1.0), "stop", 0, text=text)
+        text = "0.75" if sampling.temperature == 0 else str(ROWS[one.hint or one.task.answer][i % 2])
+        self.asked.append(one)
+        return one.rollout((2, 3), (-1.0, -1.0), finish_reason="stop", version=0, text=text)
 
 
 def said(rollout):
@@ -82,9 +88,10 @@ def said(rollout):
     return math.nan if rollout.text == "bad" else float(rollout.text)
 
 
-def make_run(*kinds, prompts=4, world=None, **algorithm):
+def make_run(*kinds, prompts=4, world=None, explorers=(), budget=None, **algorithm):
     world = world or World()
     recipe = Recipe(
+        explore_budget=budget or ExploreBudget(),
         prompts_per_step=prompts,
         sampling=SamplingRecipe(group_size=2, max_new_tokens=8),
         algorithm=Algorithm(**algorithm),
@@ -102,8 +109,17 @@ def make_run(*kinds, prompts=4, world=None, **algorithm):
         rewards=bind_rewards(recipe.rewards),
         metrics=Metrics(SimpleNamespace(all_gather_object=lambda item: [item])),
         samples=SimpleNamespace(write=lambda step, groups: None),
+        explorers=explorers_of(*explorers),
+        frontier=Frontier(),
         next_group=0,
     )
+
+
+def explorers_of(*explorers):
+    """Explorers that are made already."""
+    whole = Explorers([], {"sampling": Sampling(max_new_tokens=8)}, context=64)
+    whole.every, whole.names = list(explorers), [type(one).__name__ for one in explorers]
+    return whole
 
 
 def kinds_of(groups):
@@ -209,3 +225,134 @@ def test_clock_charges_each_part_of_a_wave_to_its_phase():
     gather(run, 0)
     phases = {"time/select_s", "time/generate_s", "time/reward_s", "time/sync_s", "time/log_s"}
     assert phases <= run.clock.lap().keys()
+
+
+class Wider:
+    """Two more answers for groups of this kind, until they have `width`; says what it has heard."""
+
+    def __init__(self, kind, width):
+        self.kind, self.width, self.heard, self.steps = kind, width, [], []
+
+    def begin(self, step, groups):
+        self.steps.append((step, [group.id for group in groups]))
+
+    def more(self, group):
+        wanted = group.task.answer == self.kind and len(group.rollouts) < self.width
+        return [group.request(2)] if wanted else []
+
+    def observe(self, outcomes):
+        self.heard += outcomes
+
+    def metrics(self):
+        return {"width": float(self.width)}
+
+
+class Helper:
+    """One answer under a hint that makes the first of two right, where all have failed; it replaces the group."""
+
+    def more(self, group):
+        if any(rollout.passed or rollout.level for rollout in group.rollouts):
+            return []
+        ids = (7, *group.prompt_ids)
+        own = {"loss_prompt_ids": group.prompt_ids, "role": "guided", "hint": "mixed", "level": 1}
+        return [Request(group.id, group.task, ids, 2, seed=group.seed + len(group.rollouts), **own)]
+
+    def choose(self, group):
+        guided = [rollout for rollout in group.rollouts if rollout.level]
+        if guided:
+            group.left_out += [rollout for rollout in group.rollouts if not rollout.level]
+            group.rollouts = guided
+
+
+def test_explorers_are_asked_until_nobody_wants_more():
+    wider = Wider("mixed", 6)
+    run = make_run("mixed", "solved", explorers=[wider], groups=Groups("keep"))
+    groups = gather(run, 3)
+    assert [len(group.rollouts) for group in groups] == [6, 2, 6, 2]
+    assert wider.steps == [(3, [0, 1, 2, 3])] * 3
+    seeds = [one.seed for one in run.generator.asked if one.group == 0]
+    assert seeds == [groups[0].seed + i for i in (0, 0, 2, 2, 4, 4)]  # two answers a request
+    assert [len(outcome.rewards) for outcome in wider.heard] == [6, 2, 6, 2]
+    figures = run.metrics.reduce()
+    assert (figures["explore/waves"], figures["explore/rollouts"], figures["rollouts/num"]) == (2, 8, 16)
+    assert figures["rollouts/pass@1"] == pytest.approx((0.5 + 1 + 0.5 + 1) / 4)
+    assert figures["rollouts/pass@4"] == 1.0  # 3 of 6: no 4 without a right one; groups of 2 have no pass@4
+
+
+def test_the_budget_ends_the_waves():
+    run = make_run("mixed", explorers=[Wider("mixed", 100)], budget=ExploreBudget(waves=3))
+    assert [len(group.rollouts) for group in gather(run, 0)] == [8] * 4
+    run = make_run("mixed", explorers=[Wider("mixed", 100)], budget=ExploreBudget(rollouts=5))
+    assert [len(group.rollouts) for group in gather(run, 0)] == [4, 4, 3, 2]
+
+
+def test_a_later_explorer_is_asked_once_the_earlier_ones_have_what_they_want():
+    run = make_run("hopeless", prompts=1, explorers=[Wider("hopeless", 4), Helper()])
+    [group] = gather(run, 0)
+    assert [(one.n, one.role) for one in run.generator.asked[::2]] == [(2, "policy"), (2, "policy"), (2, "guided")]
+    assert [rollout.role for rollout in group.rollouts] == ["guided", "guided"] and len(group.left_out) == 4
+
+
+def test_help_is_told_from_what_the_policy_can_do_alone():
+    run = make_run("hopeless", prompts=1, explorers=[Helper()])
+    [group] = gather(run, 0)
+    assert [(one.prompt_ids, one.sampled_prompt_ids, one.off_policy) for one in group.rollouts] == [
+        ((1,), (7, 1), True)
+    ] * 2
+    [heard] = run.curriculum.observed
+    assert (heard.rewards, heard.passed, heard.hinted) == ((0.0, 0.0), (False, False), ((1, True), (1, False)))
+    assert run.frontier.failures == {"t0": 2}
+    figures = run.metrics.reduce()
+    assert figures["reward/mean"] == 0.0 == figures["rollouts/pass@2"]
+    assert (figures["guided/num"], figures["guided/solved_frac"], figures["guided/solved_frac/level_1"]) == (
+        2,
+        0.5,
+        0.5,
+    )
+    assert figures["guided/trained_frac"] == 1.0
+    assert (figures["rollouts/num"], figures["rollouts/discarded"], figures["tokens/generated"]) == (2, 2, 8)
+
+
+def test_a_task_that_had_failed_in_every_try_is_counted_once_when_it_is_solved():
+    run = make_run("hopeless", prompts=1)
+    run.curriculum.select = lambda n: [Task("t", run.kind, answer=run.kind)]
+    found = []
+    for step, run.kind in enumerate(("hopeless", "mixed", "hopeless", "mixed")):
+        gather(run, step)
+        found.append(run.metrics.reduce()["explore/newly_solved"])
+    assert found == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda group: 1 / 0, "explore.0: `Bad` raised ZeroDivisionError"),
+        (lambda group: ["more"], "must ask for rollouts with requests"),
+        (lambda group: [Request(group.id + 1, group.task, (1,), 2, 0)], "of the group that it was shown"),
+        (lambda group: [Request(group.id, group.task, (1,) * 60, 2, 0)], "leaves room for the answer"),
+    ],
+)
+def test_an_explorer_that_fails_stops_every_rank_with_its_message(answer, words):
+    class Bad:
+        def more(self, group):
+            return answer(group)
+
+    with pytest.raises(SharedError, match=words):
+        gather(make_run("mixed", explorers=[Bad()]), 0)
+
+
+def test_explorers_keep_their_state_by_their_place():
+    class Stateful(Wider):
+        def state_dict(self):
+            return {"heard": len(self.heard)}
+
+        def load_state_dict(self, state):
+            self.heard = [None] * state["heard"]
+
+    one, other = Stateful("mixed", 4), Stateful("mixed", 4)
+    one.heard = [1, 2, 3]
+    saved = explorers_of(Helper(), one).state_dict()
+    assert saved == {"1": {"heard": 3}}
+    explorers_of(Helper(), other).load_state_dict(saved)
+    assert len(other.heard) == 3
+    assert explorers_of(one, other).metrics() == {"width": 4.0, "width_1": 4.0}

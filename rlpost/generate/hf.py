@@ -97,13 +97,9 @@ class HfGenerator:
 
     def _rollout(self, request: Request, ids: list[int], logp: list[float], stop_ids: tuple[int, ...]) -> Rollout:
         end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), None)
-        return Rollout(
-            task=request.task,
-            group=request.group,
-            prompt_ids=request.prompt_ids,
-            sampled_prompt_ids=request.prompt_ids,
-            token_ids=tuple(ids[:end]),
-            behavior_logp=tuple(logp[:end]),
+        return request.rollout(
+            ids[:end],
+            logp[:end],
             finish_reason="length" if end is None else "stop",
             version=-1 if self.version is None else self.version,
             text=self.renderer.decode(ids[:end]),

@@ -206,13 +206,9 @@ def _params(request: Request, sampling: Sampling, *, seeded: bool) -> Any:
 
 def _rollout(request: Request, output: Any, version: int, renderer: Renderer) -> Rollout:
     token_ids = tuple(output.token_ids)
-    return Rollout(
-        task=request.task,
-        group=request.group,
-        prompt_ids=request.prompt_ids,
-        sampled_prompt_ids=request.prompt_ids,
-        token_ids=token_ids,
-        behavior_logp=_chosen_logp(output.logprobs, len(token_ids)),
+    return request.rollout(
+        token_ids,
+        _chosen_logp(output.logprobs, len(token_ids)),
         finish_reason=FINISH.get(output.finish_reason, "abort"),
         version=version,
         text=renderer.decode(token_ids),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,6 +81,11 @@ def pens(*, kind: Literal["story", "question"], size: int) -> Iterator[dict[str,
 def vowels(rollout: Rollout) -> float:
     """The reward: how much of a text is vowels."""
     return share_of_vowels(rollout.text)
+
+
+def coin(rollout: Rollout) -> float:
+    """A reward that says nothing: heads or tails by what was written, the same for the same answer."""
+    return float(hashlib.sha256(f"{rollout.group} {rollout.token_ids}".encode()).digest()[0] % 2)
 
 
 def share_of_vowels(text: str) -> float:

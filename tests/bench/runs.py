@@ -40,11 +40,18 @@ def train(
     return [line for line in lines if "reward/mean" in line]
 
 
-def base_model(recipe: str | Path, folder: Path, overrides: Sequence[str] = ()) -> Path:
+def base_model(recipe: str | Path, folder: Path, overrides: Sequence[str] = (), *, threads: int | None = None) -> Path:
     """The model that the recipe's `sft` section makes, made once for each `folder`."""
-    output = rlpost("sft", recipe, [*overrides, f"run_dir={folder}"])
+    output = rlpost("sft", recipe, [*overrides, f"run_dir={folder}"], threads=threads)
     [line] = [line for line in output.splitlines() if line.startswith("model: ")]
     return Path(line.removeprefix("model: "))
+
+
+def export(folder: Path) -> Path:
+    """A run's newest checkpoint as a model folder, in the run's folder."""
+    arguments = [sys.executable, "-m", "rlpost", "export", str(folder)]
+    subprocess.run(arguments, stdout=subprocess.DEVNULL, cwd=ROOT, check=True)
+    return folder / "model"
 
 
 def median(steps: Sequence[dict[str, Any]], key: str) -> float:

@@ -1,0 +1,1 @@
+"""Small experiments on the toys of papers, without a model: `rlpost simulate NAME`."""
