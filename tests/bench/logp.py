@@ -1,6 +1,6 @@
 """Log-probs and entropies in chunks against all logits at once: time, peak memory, and gradients.
 
-    python -m tests.bench.logp                       # float32 at the size of the target, bfloat16 at smaller ones
+    python -m tests.bench.logp                       # at the size of the target, and bfloat16 at smaller ones
     python -m tests.bench.logp --sweep               # over the size of a chunk
 
 `plain` is logits, log_softmax, gather and entropy; `trl` the same as TRL 1.16 does it without its Triton kernel, which
@@ -52,6 +52,7 @@ class Case:
 IN_BFLOAT16 = ("plain", "trl", "chunked", "float32 head")
 CASES = {
     "float32": Case(),
+    "bfloat16": Case(dtype="bfloat16", ways=IN_BFLOAT16),
     "bfloat16, few tokens": Case(tokens=512, dtype="bfloat16", ways=IN_BFLOAT16, chunk=128),
     "bfloat16, narrow": Case(hidden=32, dtype="bfloat16", ways=IN_BFLOAT16),
 }
