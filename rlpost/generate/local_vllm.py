@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from rlpost.world import World
 
 CPU_BLOCK = 32
-"""Tokens of a block of keys and values, the least that vLLM has on a CPU. Only whole blocks of a prompt are found again:
-with its default of 128, each of hundreds of answers works through up to 128 tokens of their common prompt anew."""
+"""Tokens of a block of keys and values, the least that vLLM has on a CPU. Whole blocks of a prompt are found again;
+with its default of 128, each of hundreds of answers works through up to 128 tokens of their prompt anew."""
 FINISH: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
 
 
