@@ -161,6 +161,8 @@ class Outcome:
     step: int
     passed: tuple[bool | None, ...] = ()
     """`Rollout.passed` of each."""
+    measured: bool = False
+    """Whether the curriculum asked for it (`wants_measured`) and nothing is trained on it."""
 
     @property
     def mean(self) -> float | None:
