@@ -8,7 +8,9 @@ from dataclasses import replace
 from rlpost import figures
 from rlpost.collect import collect, shard
 from rlpost.credit import add_length_rewards
+from rlpost.curriculum import choice
 from rlpost.errors import RunError, SharedError
+from rlpost.measure import as_measured, measured_groups
 from rlpost.run import Run
 from rlpost.score import score
 from rlpost.types import Group, Outcome
@@ -48,8 +50,10 @@ def gather(run: Run, step: int) -> list[Group]:
 def wave(run: Run, step: int, size: int) -> list[Group]:
     """`size` tasks over all ranks, answered and scored; the curriculum learns of all of them."""
     recipe, world = run.recipe, run.world
+    if (asked := measured_groups(run)) is not None:
+        run.curriculum.observe(as_measured(score_together(run, step, asked, [])))
     with run.clock("select"):
-        tasks = run.curriculum.select(size)  # the same list on every rank
+        tasks = choice(run, size)  # the same list on every rank
         mine = shard(tasks, world.rank, world.size)
     with run.clock("generate"):
         groups = collect(

@@ -64,6 +64,8 @@ class Run:
     start_step: int = 0
     next_group: int = 0
     """The id of the next group to be generated."""
+    task_keys: frozenset[str] | None = None
+    """Of the training tasks: what a curriculum may choose from, beside what was added to it."""
     evals: dict[str, Any] = field(default_factory=dict)
     """Held-out figures `before` and `after`."""
 
@@ -98,8 +100,7 @@ def build(recipe: Recipe, world: World) -> Run:
         train_tasks, eval_tasks = load_task_sets(recipe)
         rewards = bind_rewards(recipe.rewards)
         curriculum = make_curriculum(recipe, train_tasks)
-        start = model_folder(recipe, world)
-        renderer = make_renderer(recipe, start)
+        renderer = make_renderer(recipe, start := model_folder(recipe, world))
         sampling = training_sampling(recipe, train_tasks, renderer)
         evaluator = make_evaluator(recipe, eval_tasks, renderer, rewards, world)
         folder = open_run(recipe, world)
@@ -127,6 +128,7 @@ def build(recipe: Recipe, world: World) -> Run:
             trackers=Trackers(folder, recipe, world),
             samples=Samples(folder, recipe.logging.samples_per_step),
             checkpoints=Checkpoints(folder, world, keep=recipe.keep_checkpoints),
+            task_keys=frozenset(task.key for task in train_tasks),
         )
         resume(run)
     clock.lap()

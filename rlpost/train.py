@@ -12,6 +12,7 @@ from torch import Tensor
 from rlpost import figures
 from rlpost.batch import documents_of, in_parts, make_batch, with_scores
 from rlpost.credit import credit
+from rlpost.curriculum import corrected
 from rlpost.document import Document
 from rlpost.errors import RunError, SharedError
 from rlpost.peak import fullest
@@ -102,6 +103,7 @@ def make_batches(run: Run, groups: list[Group], documents: list[Document]) -> li
     algorithm, weights = run.recipe.algorithm, {reward.name: reward.weight for reward in run.rewards}
     kl_coef, max_tokens = run.objective.kl_coef, algorithm.aggregation_tokens or 1
     credited = credit(groups, documents, algorithm, weights, kl_coef=kl_coef, world=run.world)
+    credited = corrected(credited, groups, run.curriculum)
     parts = in_parts(credited, [group.id for group in groups], algorithm.minibatches)
     return [make_batch(part, run.packer, run.world, algorithm.aggregation, max_tokens) for part in parts]
 

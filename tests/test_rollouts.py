@@ -103,6 +103,7 @@ def make_run(*kinds, prompts=4, world=None, **algorithm):
         metrics=Metrics(SimpleNamespace(all_gather_object=lambda item: [item])),
         samples=SimpleNamespace(write=lambda step, groups: None),
         next_group=0,
+        task_keys=None,
     )
 
 
