@@ -144,8 +144,11 @@ def text_features(texts: Sequence[str]) -> np.ndarray:
 
 
 def amortised(features: np.ndarray, at: np.ndarray, difficulty: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Difficulty of every item, predicted from features by a ridge regression on the items `at`; its strength by
-    leave-one-out. Standardised, since counts and hashed runs have other units."""
+    """Difficulty of every item, predicted from features by a ridge regression on the items `at`.
+
+    Features are standardised, since counts and hashed runs have other units; the ridge's strength is chosen by
+    leave-one-out. What lies far outside of what was seen is cut there: a line knows nothing of it.
+    """
     import numpy as np
     from sklearn.linear_model import RidgeCV
     from sklearn.pipeline import make_pipeline
@@ -154,7 +157,7 @@ def amortised(features: np.ndarray, at: np.ndarray, difficulty: np.ndarray, weig
     ridge = RidgeCV(alphas=np.logspace(-1, 4, 11))
     line = make_pipeline(StandardScaler(), ridge)
     line.fit(features[at], difficulty, ridgecv__sample_weight=weight)
-    return line.predict(features).astype(np.float32)
+    return np.clip(line.predict(features), difficulty.min() - 1, difficulty.max() + 1).astype(np.float32)
 
 
 def logit_difficulty(difficulty: np.ndarray) -> np.ndarray:

@@ -140,13 +140,17 @@ class Pool:
 
     def in_rounds(self, n: int, places: np.ndarray) -> list[Task]:
         """Draw n of these places, the least often drawn first, in random order."""
+        return self.take(self.least_drawn(n, places))
+
+    def least_drawn(self, n: int, places: np.ndarray) -> np.ndarray:
+        """The n of these places that were drawn least, in random order; again from the start where they are too few."""
         import numpy as np
 
         parts: list[np.ndarray] = []
         often = self.drawn[places] + self.dice().random(len(places), dtype=np.float32)
         while (left := n - sum(map(len, parts))) > 0:
             parts.append(places[smallest(often, left)])
-        return self.take(np.concatenate(parts) if parts else [])
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def metrics(self) -> dict[str, float]:
         """What was chosen since the last call, and how much of the pool has been tried."""

@@ -24,6 +24,8 @@ MEMORY = 4096
 """Groups that an ability is estimated from, at most."""
 DIFFICULTY_SD = 2.0
 """Of a task's b before anything is known of it."""
+DRIFT = 0.1
+"""Standard deviation of what b moves by in a step."""
 REFIT, PATIENCE = 20, 20
 """Steps between predictions of difficulty, and steps without a larger window before a nudge."""
 ENOUGH = 30
@@ -33,7 +35,7 @@ ENOUGH = 30
 class Irt(Pool):
     """Rasch or 2PL difficulties b from `responses`, else from `difficulty`, else 0; b and theta follow the answers.
 
-    b_i is filtered as in Glicko: 1 / precision grows by drift^2 a step, and an outcome of k passes in n tries moves it
+    b_i is filtered as in Glicko: 1 / precision grows by DRIFT^2 a step, and an outcome of k passes in n tries moves it
     precision += a^2 n p (1 - p),  b -= a (k - n p) / precision,  p = sigmoid(a (theta - b))
     """
 
@@ -47,24 +49,25 @@ class Irt(Pool):
         difficulty: str | None = None,
         window: Sequence[float | None] = (-1.5, 1.5),
         half_life: float = 4.0,
-        drift: float = 0.1,
+        floor: float = 0.1,
         text: bool = True,
         nudge: float = 0.0,
         all_after: int | None = None,
     ) -> None:
         """`responses`: a file of `rlpost difficulty RECIPE --models ...`; `half_life`: of answers about theta.
 
-        `window`: of b - theta, null for no bound; `all_after`: the step from which on all tasks are drawn.
+        `window`: of b - theta, null for no bound; `floor`: share of draws from all tasks, or a wrong b would never be
+        put right; `all_after`: the step from which on all draws are.
         """
         require("model", model, model in ("rasch", "2pl"), "rasch or 2pl")
         low, high = (*window, None, None)[:2]
         bounds = len(window) == 2 and (low is None or high is None or low < high)
         require("window", list(window), bounds, "[low, high] with low < high, either of them null for no bound")
         require("half_life", half_life, half_life > 0, "> 0")
-        require("drift", drift, drift >= 0, ">= 0")
+        require("floor", floor, 0 <= floor <= 1, "in [0, 1]")
         self.model, self.responses, self.text = model, responses, text
         self.low, self.high = -math.inf if low is None else low, math.inf if high is None else high
-        self.ability_half_life, self.drift, self.nudge, self.all_after = half_life, drift, nudge, all_after
+        self.ability_half_life, self.floor, self.nudge, self.all_after = half_life, floor, nudge, all_after
         self._features: np.ndarray | None = None
         super().__init__(tasks, seed=seed, difficulty=difficulty)
         self._rewind()
@@ -73,14 +76,23 @@ class Irt(Pool):
         """The least often drawn of the window, in random order; where it has too few, the nearest to it as well."""
         import numpy as np
 
-        if self.all_after is not None and self.step >= self.all_after:
-            return self.in_rounds(n, np.arange(len(self.tasks)))
+        late = self.all_after is not None and self.step >= self.all_after
+        inside = np.zeros(0, dtype=np.int64) if late else self._near(n - self.dice().binomial(n, self.floor))
+        outside = np.ones(len(self.tasks), dtype=bool)
+        outside[inside] = False
+        others = np.flatnonzero(outside) if outside.any() else np.arange(len(self.tasks))
+        return self.take(np.concatenate([inside, self.least_drawn(n - len(inside), others)]))
+
+    def _near(self, n: int) -> np.ndarray:
+        """Places of n tasks in the window, or near it."""
+        import numpy as np
+
         places = self.window()
         if len(places) >= n:
-            return self.in_rounds(n, places)
+            return self.least_drawn(n, places)
         gap = self.b - np.float32(self.theta + self.offset)
         outside = np.maximum(self.low - gap, gap - self.high) + 1e-3 * self.dice().random(len(gap))
-        return self.take(np.resize(smallest(outside, n), n))
+        return smallest(outside, n)
 
     def window(self) -> np.ndarray:
         """Places of the tasks that suit the ability."""
@@ -102,7 +114,7 @@ class Irt(Pool):
         self._estimate_ability()
         for outcome in outcomes:
             self._move(self.place[outcome.key], *counted(outcome))
-        if self.step // REFIT > before // REFIT:
+        if self.step // REFIT > before // REFIT or (self.seen_at >= 0).sum() < ENOUGH:
             self.predict()
         self._nudge()
 
@@ -111,13 +123,15 @@ class Irt(Pool):
         import numpy as np
 
         tried = np.flatnonzero(self.seen_at >= 0)
-        if len(tried) < ENOUGH:
+        if not len(tried):
             return
         b, weight = self.b[tried].astype(np.float64), self.b_precision[tried].astype(np.float64)
-        if self.text or self._difficulty is not None:
+        if len(tried) >= ENOUGH and (self.text or self._difficulty is not None):
             predicted = _irt.amortised(self.features(), tried, b, weight)
-        else:
+        elif self._difficulty is None:
             predicted = np.full(len(self.b), np.average(b, weights=weight), dtype=np.float32)
+        else:
+            return
         untried = self.seen_at < 0
         self.b[untried] = predicted[untried]
 
@@ -215,7 +229,7 @@ class Irt(Pool):
     def _drifted(self, place: int, step: int) -> float:
         """Precision of a difficulty after the steps in which nothing was heard of it."""
         ago = max(0, step - max(0, int(self.seen_at[place])))
-        return max(1 / (1 / float(self.b_precision[place]) + self.drift**2 * ago), DIFFICULTY_SD**-2)
+        return max(1 / (1 / float(self.b_precision[place]) + DRIFT**2 * ago), DIFFICULTY_SD**-2)
 
     def _move(self, place: int, passes: int, tries: int) -> None:
         a = float(self.slope[place])
