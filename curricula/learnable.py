@@ -24,7 +24,8 @@ BLOCK = 1 << 15
 class Learnable(Pool):
     """Weight E[p (1 - p)], or with `weight: mixed` the probability that a group of `group_size` has both outcomes.
 
-    w = (1 - floor) s / sum(s) + floor / N,   s = E[p (1 - p)] or 1 - E[p^G] - E[(1 - p)^G],   p ~ Beta of `Pool`
+    w = (1 - floor) s^power / sum(s^power) + floor / N
+    s = E[p (1 - p)] or 1 - E[p^G] - E[(1 - p)^G],   p ~ Beta of `Pool`
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Learnable(Pool):
         seed: int,
         weight: Literal["variance", "mixed"] = "variance",
         group_size: int = 8,
+        power: float = 1.0,
         floor: float = 0.1,
         half_life: float | None = 30.0,
         borrow: float = 2.0,
@@ -43,9 +45,10 @@ class Learnable(Pool):
         """`correct`: weigh what is trained by 1 / (N w), so that the gradient is that of uniform sampling."""
         require("weight", weight, weight in ("variance", "mixed"), "variance or mixed")
         require("group_size", group_size, group_size >= 2, ">= 2")
+        require("power", power, power > 0, "> 0")
         require("floor", floor, 0 <= floor <= 1, "in [0, 1]")
         require("floor", floor, floor > 0 or not correct, "> 0 with curriculum.correct, which divides by it")
-        self.weight, self.group_size, self.floor, self.correct = weight, group_size, floor, correct
+        self.weight, self.group_size, self.power, self.floor, self.correct = weight, group_size, power, floor, correct
         self.factor: dict[str, float] = {}
         super().__init__(tasks, seed=seed, difficulty=difficulty, half_life=half_life, borrow=borrow)
 
@@ -77,6 +80,8 @@ class Learnable(Pool):
             for start in range(0, len(a), BLOCK):
                 block = slice(start, start + BLOCK)
                 signal[block] = mixed_probability(a[block], b[block], self.group_size)
+        if self.power != 1:
+            signal **= np.float32(self.power)
         whole = float(signal.sum(dtype=np.float64))
         if whole <= 0:
             return np.full(len(a), 1 / len(a), dtype=np.float32)
