@@ -9,8 +9,9 @@ error. Priors keep estimates finite where all or no answers are right, where max
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 from rlpost.errors import RunError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 TEXT_FEATURES = 64
 MAX_SLOPE = 4.0
+BLOCK = 10_000
+"""Items at once, where all of them would take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -128,19 +131,18 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return (1 + np.tanh(x / 2)) / 2
 
 
-def text_features(texts: Sequence[str]) -> np.ndarray:
-    """Float32 features of each text: hashed runs of one to three characters, and logarithms of its counts."""
+def text_features(texts: Iterable[str], out: np.ndarray) -> None:
+    """Fill `out` `[texts, TEXT_FEATURES + 3]`: hashed runs of one to three characters, and logarithms of counts."""
     import numpy as np
     from sklearn.feature_extraction.text import HashingVectorizer
 
     hasher = HashingVectorizer(analyzer="char_wb", ngram_range=(1, 3), n_features=TEXT_FEATURES, dtype=np.float32)
-    found = np.empty((len(texts), TEXT_FEATURES + 3), dtype=np.float32)
-    for start in range(0, len(texts), 10_000):
-        part = texts[start : start + 10_000]
-        found[start : start + len(part), :TEXT_FEATURES] = hasher.transform(part).toarray()
+    left = iter(texts)
+    for start in range(0, len(out), BLOCK):
+        part = list(islice(left, BLOCK))
+        out[start : start + len(part), :TEXT_FEATURES] = hasher.transform(part).toarray()
         counts = [(len(t), len(t.split()), sum(c.isdigit() for c in t)) for t in part]
-        found[start : start + len(part), TEXT_FEATURES:] = np.log1p(counts)
-    return found
+        out[start : start + len(part), TEXT_FEATURES:] = np.log1p(counts)
 
 
 def amortised(features: np.ndarray, at: np.ndarray, difficulty: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -157,7 +159,9 @@ def amortised(features: np.ndarray, at: np.ndarray, difficulty: np.ndarray, weig
     ridge = RidgeCV(alphas=np.logspace(-1, 4, 11))
     line = make_pipeline(StandardScaler(), ridge)
     line.fit(features[at], difficulty, ridgecv__sample_weight=weight)
-    return np.clip(line.predict(features), difficulty.min() - 1, difficulty.max() + 1).astype(np.float32)
+    low, high = difficulty.min() - 1, difficulty.max() + 1
+    blocks = [features[start : start + BLOCK] for start in range(0, len(features), BLOCK)]
+    return np.concatenate([np.clip(line.predict(block), low, high).astype(np.float32) for block in blocks])
 
 
 def logit_difficulty(difficulty: np.ndarray) -> np.ndarray:

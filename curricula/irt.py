@@ -28,8 +28,8 @@ DRIFT = 0.1
 """Standard deviation of what b moves by in a step."""
 REFIT, PATIENCE = 20, 20
 """Steps between predictions of difficulty, and steps without a larger window before a nudge."""
-ENOUGH = 30
-"""Tasks that must have been tried before difficulty is predicted from text."""
+ENOUGH, NEWEST = 30, 20_000
+"""Tasks that must have been tried before difficulty is predicted from text, and how many it is learnt from at most."""
 
 
 class Irt(Pool):
@@ -125,6 +125,8 @@ class Irt(Pool):
         tried = np.flatnonzero(self.seen_at >= 0)
         if not len(tried):
             return
+        if len(tried) > NEWEST:
+            tried = tried[smallest(-self.seen_at[tried], NEWEST)]
         b, weight = self.b[tried].astype(np.float64), self.b_precision[tried].astype(np.float64)
         if len(tried) >= ENOUGH and (self.text or self._difficulty is not None):
             predicted = _irt.amortised(self.features(), tried, b, weight)
@@ -141,11 +143,11 @@ class Irt(Pool):
 
         if self._features is None or len(self._features) < len(self.tasks):
             start = 0 if self._features is None else len(self._features)
-            known = self.difficulty[start:, None].astype(np.float32)
-            parts = [np.nan_to_num(known), np.isnan(known).astype(np.float32)]
+            known = self.difficulty[start:]
+            fresh = np.empty((len(known), 2 + self.text * (_irt.TEXT_FEATURES + 3)), dtype=np.float32)
+            fresh[:, 0], fresh[:, 1] = np.nan_to_num(known), np.isnan(known)
             if self.text:
-                parts.append(_irt.text_features([str(task.prompt) for task in self.tasks[start:]]))
-            fresh = np.concatenate(parts, axis=1)
+                _irt.text_features((str(task.prompt) for task in self.tasks[start:]), fresh[:, 2:])
             self._features = fresh if self._features is None else np.concatenate([self._features, fresh])
         return self._features
 
