@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
 
 def run(folder, world, name, *overrides):
-    solved = "rewards=[{use: 'mylab.rewards:foreseeable'}]"  # some tasks always pass, and others never
+    solved = f"rewards=[{{use: '{folder}/mylab/rewards.py:foreseeable'}}]"  # some tasks always pass, others never
     return train_here(folder, world, name, "algorithm.groups.without_spread=keep", solved, *overrides)
 
 
@@ -71,7 +71,7 @@ def test_a_run_resumes_with_its_curriculum(folder, single_rank, name):
 def test_a_faulty_curriculum_of_a_user_ends_with_a_message_and_a_checkpoint(folder, single_rank):
     (folder / "mylab" / "curricula.py").write_text(FAULTY)
     with pytest.raises(RunError, match=r"curriculum\.use: `select` of Few must return as many tasks .*got 3 of 4"):
-        run(folder, single_rank, "few", "curriculum={use: 'mylab.curricula:Few'}", "steps=4")
+        run(folder, single_rank, "few", f"curriculum={{use: '{folder}/mylab/curricula.py:Few'}}", "steps=4")
     assert (folder / "runs/few/checkpoints/step-000001/manifest.json").exists()
 
 

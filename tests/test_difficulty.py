@@ -112,7 +112,11 @@ def tiny(tmp_path_factory):
 
 def load(tiny, *overrides):
     own = [f"run_dir={tiny / 'runs'}", "generator.kind=hf", "tasks.eval=null", "sft=null"]
-    quick = ["rewards=[{use: 'mylab.rewards:early_digit'}]", "sampling.max_new_tokens=2", "tasks.train.limit=12"]
+    quick = [
+        f"rewards=[{{use: '{tiny}/mylab/rewards.py:early_digit'}}]",
+        "sampling.max_new_tokens=2",
+        "tasks.train.limit=12",
+    ]
     return load_and_check(tiny / "tiny.yaml", [*own, *quick, *overrides])
 
 
