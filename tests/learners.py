@@ -86,7 +86,7 @@ class Learner:
             gain = own + self.world.transfer * (signal.sum() - own)
             self.theta = self.theta + self.world.rate * gain / len(tasks)
         flags = [(True,) * k + (False,) * (tries - k) for k in passes]
-        return [Outcome(task.key, (), step, flag, measured) for task, flag in zip(tasks, flags, strict=True)]
+        return [Outcome(task.key, (), step, flag, measured=measured) for task, flag in zip(tasks, flags, strict=True)]
 
     def _p(self, places: np.ndarray) -> np.ndarray:
         p = 1 / (1 + np.exp(self.b[places] - self.theta[self.skill[places]]))

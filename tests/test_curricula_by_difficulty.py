@@ -21,7 +21,7 @@ TASKS = [Task(str(i), str(i), extra={"level": i / 10, "flat": 1}) for i in range
 
 
 def outcome(key, passes, tries, step=0, measured=False):
-    return Outcome(str(key), (), step, (True,) * passes + (False,) * (tries - passes), measured)
+    return Outcome(str(key), (), step, (True,) * passes + (False,) * (tries - passes), measured=measured)
 
 
 def numbers(tasks):
