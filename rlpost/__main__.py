@@ -30,6 +30,9 @@ SLOW_BFLOAT16 = (
 )
 
 
+DIFFICULTY = "how difficult the training tasks are, by sampling; a file that curricula read"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a problem that a person can solve is one message and an exit code, not a stack."""
     quiet()
@@ -64,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if name == "check":
             add_plan(command)
+    add_difficulty(commands.add_parser("difficulty", help=DIFFICULTY, description=DIFFICULTY))
     what = "write a run's newest checkpoint as an ordinary Hugging Face folder"
     command = commands.add_parser("export", help=what, description=what)
     command.add_argument("run_folder", type=Path, help="such as runs/quickstart")
@@ -118,6 +122,18 @@ def add_simulations(commands: argparse._SubParsersAction[argparse.ArgumentParser
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("runs/brorl"), help="folder for brorl.json and brorl.png")
     command.set_defaults(run=simulate_brorl)
+
+
+def add_difficulty(command: argparse.ArgumentParser) -> None:
+    """The options of `rlpost difficulty`."""
+    command.add_argument("recipe", help="a YAML file")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="such as sampling.max_new_tokens=8")
+    command.add_argument("--n", type=int, default=16, help="answers a task (default: 16)")
+    command.add_argument("--out", type=Path, help="a JSONL file; what it has is kept (default: in run_dir)")
+    command.add_argument("--models", nargs="+", default=[], metavar="MODEL", help="other models than the recipe's")
+    command.add_argument("--passuntil", type=int, metavar="MAX", help="try on where passes are rare, up to MAX times")
+    command.add_argument("--probe", metavar="TOKEN", help="how probable this is as first token, such as </think>")
+    command.set_defaults(run=difficulty)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -197,6 +213,23 @@ def show_dry_run(recipe: Recipe, tasks: list[Task]) -> None:
         trial = dry_run(recipe, world)
         if world.is_main:
             print(report(trial, plan), end="")
+
+    with_world(run, World())
+
+
+def difficulty(options: argparse.Namespace) -> None:
+    """`rlpost difficulty`."""
+    recipe = checked(options)
+    from rlpost.difficulty import Ask, measure
+    from rlpost.world import World
+
+    ask = Ask(options.n, options.passuntil, options.probe)
+    out = options.out or Path(recipe.run_dir) / f"{recipe.name}-difficulty.jsonl"
+
+    def run(world: World) -> None:
+        measure(shown(recipe, world), world, ask, out=out, models=options.models)
+        if world.is_main:
+            print(f"difficulty: {out}")
 
     with_world(run, World())
 

@@ -47,6 +47,7 @@ METRICS: dict[str, MetricInfo] = {
     "rollouts/num": MetricInfo("rollouts", "sum", "rollouts generated"),
     "rollouts/interrupted": MetricInfo("rollouts", "sum", "rollouts whose thinking the run ended"),
     "rollouts/discarded": MetricInfo("rollouts", "sum", "rollouts generated and not trained on"),
+    "rollouts/measured": MetricInfo("rollouts", "sum", "rollouts that the curriculum asked for to measure difficulty"),
     "rollouts/truncated_frac": MetricInfo("fraction", "mean", "rollouts that ran into the length limit"),
     "rollouts/length_mean": MetricInfo("tokens", "mean", "tokens of a completion"),
     "rollouts/length_max": MetricInfo("tokens", "max", "tokens of the longest completion"),
@@ -72,6 +73,7 @@ METRICS: dict[str, MetricInfo] = {
         "1", "mean", "term of BroRL's mass balance (`mass_balance.py`), over groups; or shared states"
     ),
     "tokens/generated": MetricInfo("tokens", "sum", "completion tokens of all rollouts"),
+    "tokens/measured": MetricInfo("tokens", "sum", "completion tokens of measured rollouts"),
     "tokens/discarded": MetricInfo("tokens", "sum", "completion tokens generated and not trained on"),
     "tokens/trained": MetricInfo("tokens", "sum", "tokens under the loss, each epoch counted"),
     "policy/loss": MetricInfo("nats", "mean", "loss of a trained token; here and below, of one that the policy wrote"),

@@ -11,6 +11,8 @@ from rlpost import figures
 from rlpost.balance import balanced
 from rlpost.collect import add_to, answers, collect, shard
 from rlpost.credit import add_length_rewards
+from rlpost.curriculum import choice
+from rlpost.measure import as_measured, measured_groups
 from rlpost.run import Run
 from rlpost.score import score
 from rlpost.types import Group, Outcome, Request, Rollout
@@ -51,8 +53,11 @@ def gather(run: Run, step: int) -> list[Group]:
 def wave(run: Run, step: int, size: int) -> list[Group]:
     """`size` tasks over all ranks, answered, explored and scored; the curriculum learns of all of them."""
     recipe, world = run.recipe, run.world
+    if (asked := measured_groups(run)) is not None:
+        score_together(run, asked)
+        run.curriculum.observe(as_measured(outcomes_of(run, step, asked)))
     with run.clock("select"):
-        tasks = run.curriculum.select(size)  # the same list on every rank
+        tasks = choice(run, size)  # the same list on every rank
         mine = shard(tasks, world.rank, world.size)
     with run.clock("generate"):
         how: dict[str, Any] = {"first_group": run.next_group, "seed": recipe.seed}
@@ -72,7 +77,7 @@ def wave(run: Run, step: int, size: int) -> list[Group]:
     if run.explorers.every:
         explore(run, step, groups)
     with run.clock("reward"):
-        outcomes = [one for rank in world.all_gather_object([outcome(group, step) for group in groups]) for one in rank]
+        outcomes = outcomes_of(run, step, groups)
         run.curriculum.observe(outcomes)
         run.explorers.observe(outcomes)
         run.metrics.sum("explore/newly_solved", run.frontier.observe(outcomes) if world.is_main else 0)
@@ -133,6 +138,12 @@ def sent_home(rollouts: list[Rollout], homes: dict[int, int], world: World) -> l
         return rollouts
     every_rank = world.all_gather_object([(homes[rollout.group], rollout) for rollout in rollouts])
     return [rollout for made in every_rank for home, rollout in made if home == world.rank]
+
+
+def outcomes_of(run: Run, step: int, groups: list[Group]) -> list[Outcome]:
+    """The outcomes of all ranks' groups, in the order of ranks."""
+    every_rank = run.world.all_gather_object([outcome(group, step) for group in groups])
+    return [one for one_rank in every_rank for one in one_rank]
 
 
 def outcome(group: Group, step: int) -> Outcome:

@@ -69,6 +69,8 @@ class Run:
     start_step: int = 0
     next_group: int = 0
     """The id of the next group to be generated."""
+    task_keys: frozenset[str] | None = None
+    """Of the training tasks: what a curriculum may choose from, beside what was added to it."""
     evals: dict[str, Any] = field(default_factory=dict)
     """Held-out figures `before` and `after`."""
 
@@ -141,6 +143,7 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
         trackers=Trackers(folder, recipe, world),
         samples=Samples(folder, recipe.logging.samples_per_step),
         checkpoints=Checkpoints(folder, world, keep=recipe.keep_checkpoints),
+        task_keys=frozenset(task.key for task in train_tasks),
     )
 
 

@@ -13,6 +13,7 @@ from rlpost import figures
 from rlpost.batch import documents_of, in_parts, make_batch, with_scores
 from rlpost.behavior import with_behavior
 from rlpost.credit import credit
+from rlpost.curriculum import corrected
 from rlpost.document import Document
 from rlpost.errors import RunError, SharedError
 from rlpost.peak import fullest
@@ -107,6 +108,7 @@ def make_batches(run: Run, groups: list[Group], documents: list[Document]) -> li
     algorithm, weights = run.recipe.algorithm, {reward.name: reward.weight for reward in run.rewards}
     kl_coef, max_tokens = run.objective.kl_coef, algorithm.aggregation_tokens or 1
     credited = credit(groups, documents, algorithm, weights, kl_coef=kl_coef, world=run.world)
+    credited = corrected(credited, groups, run.curriculum)
     cut, ids = algorithm.minibatch_rollouts is not None, [group.id for group in groups]
     parts = in_parts(credited, ids, updates_a_step(run.recipe), cut=cut)
     return [make_batch(part, run.packer, run.world, algorithm.aggregation, max_tokens) for part in parts]

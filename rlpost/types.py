@@ -226,6 +226,8 @@ class Outcome:
     """`Rollout.passed` of each."""
     hinted: tuple[tuple[int, bool | None], ...] = ()
     """(level, passed) of each rollout that saw a hint; these are not in `rewards`."""
+    measured: bool = False
+    """Whether the curriculum asked for it (`wants_measured`) and nothing is trained on it."""
 
     @property
     def mean(self) -> float | None:

@@ -26,9 +26,22 @@ AT_HOME = {
     "reasoning_gym": {"rlpost/sources.py"},
     "matplotlib": {"rlpost/simulate/brorl.py"},
     "rich": {"rlpost/catalogue.py", "rlpost/progress.py", "rlpost/samples.py", "rlpost/simulate/brorl.py"},
+    "scipy": {"curricula/_irt.py"},
+    "sklearn": {"curricula/_irt.py"},
     "wandb": {"rlpost/trackers.py"},
 }
-HEAVY = ("torch", "vllm", "deepspeed", "transformers", "datasets", "pyarrow", "reasoning_gym")
+HEAVY = (
+    "torch",
+    "vllm",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "pyarrow",
+    "reasoning_gym",
+    "numpy",
+    "scipy",
+    "sklearn",
+)
 MATHEMATICS = (
     "advantages",
     "aggregation",
@@ -96,12 +109,16 @@ def test_checking_a_recipe_loads_no_heavy_library() -> None:
 
 def test_light_files_import_without_heavy_libraries() -> None:
     rlpost_files = [f"rlpost.{name}" for name in (*LIGHT, "score", "__main__")]
-    names = [*rlpost_files, "rewards.final_number", "curricula.uniform", "curricula.scalerl"]
+    curricula = [f"curricula.{file.stem}" for file in sorted((ROOT / "curricula").glob("[a-z]*.py"))]
+    names = [*rlpost_files, "rewards.final_number", *curricula]
     assert loaded_by("\n".join(f"import {name}" for name in names)) == set()
 
 
 def test_mathematics_needs_torch_only() -> None:
-    assert loaded_by("\n".join(f"import rlpost.{name}" for name in MATHEMATICS)) <= {"torch"}
+    assert loaded_by("\n".join(f"import rlpost.{name}" for name in MATHEMATICS)) <= {
+        "torch",
+        "numpy",
+    }  # torch brings it
 
 
 def test_mathematics_knows_no_recipe_and_no_ranks() -> None:

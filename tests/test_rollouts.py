@@ -112,6 +112,7 @@ def make_run(*kinds, prompts=4, world=None, explorers=(), budget=None, **algorit
         explorers=explorers_of(*explorers),
         frontier=Frontier(),
         next_group=0,
+        task_keys=None,
     )
 
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from rlpost.render import Renderer
     from rlpost.world import World
 
+CPU_BLOCK = 32
+"""Tokens of a block of keys and values, the least that vLLM has on a CPU. Whole blocks of a prompt are found again;
+with its default of 128, each of hundreds of answers works through up to 128 tokens of their prompt anew."""
 FINISH: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
 
 
@@ -158,6 +161,7 @@ def _start(recipe: Recipe, folder: Path, context: int, world: World) -> Any:
         "max_model_len": context,
         "max_num_seqs": recipe.generator.max_num_seqs,
         "kv_cache_memory_bytes": int(recipe.generator.kv_cache_gib * 2**30) if on_cpu else None,
+        "block_size": CPU_BLOCK if on_cpu else None,
         "gpu_memory_utilization": recipe.generator.memory_frac,
         "enforce_eager": on_cpu if recipe.generator.enforce_eager is None else recipe.generator.enforce_eager,
         "enable_sleep_mode": not on_cpu and recipe.generator.sleep_level > 0,

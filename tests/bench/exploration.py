@@ -45,7 +45,8 @@ def hint_arms() -> dict[str, Arm]:
     return {
         "grpo": Arm(HOME, plain),
         "grpo, all-fail groups kept": Arm(HOME, (*plain, "algorithm.groups.without_spread=keep")),
-        "grpo, 3 times the steps": Arm(HOME, plain, steps=3.0),
+        "grpo, 4 to 8 terms": Arm(HOME, (*plain, "tasks.train.config.min_terms=4")),
+        "guide, 4 to 8 terms": Arm(HOME, ("tasks.train.config.min_terms=4",)),
         "random reward": Arm(HOME, (*plain, "rewards=[{use: 'tests.bench.jobs:coin'}]")),
         "guide": Arm(HOME),
         "guide, ratio unshaped": Arm(HOME, ("algorithm.off_policy.loss=importance",)),
@@ -88,11 +89,11 @@ def main() -> None:
     parser.add_argument("study", choices=["hints", "width"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[51, 52, 53, 54, 55])
     parser.add_argument("--arms", nargs="+", help="only these; the first is what the others are compared with")
-    parser.add_argument("--steps", type=int, help="(default: 30 for hints, 16 for width)")
+    parser.add_argument("--steps", type=int, help="(default: 20 for hints, 16 for width)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-exploration"))
     parser.add_argument("--side-by-side", type=int, default=2)
     options = parser.parse_args()
-    out, steps = options.out / options.study, options.steps or {"hints": 30, "width": 16}[options.study]
+    out, steps = options.out / options.study, options.steps or {"hints": 20, "width": 16}[options.study]
     arms = {"hints": hint_arms, "width": width_arms}[options.study]()
     arms = {name: arms[name] for name in options.arms or arms}
     out.mkdir(parents=True, exist_ok=True)
