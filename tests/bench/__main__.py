@@ -51,7 +51,7 @@ PARTS = {
     "logp": Part("Log-probs and entropy without the logits", lambda out: logp.measure(quick_cases()), logp.table),
     "packing": Part("Packing, shared prompts, balance", lambda out: packing.measure(), packing.tables),
     "sync": Part("Weight sync", lambda out: sync.measure(), sync.table),
-    "groups": Part("Group sizes", lambda out: groups.measure(out / "groups", steps=6), groups.table),
+    "groups": Part("Group sizes", lambda out: groups.measure(out / "groups"), groups.table),
     "ranks": Part("Weak scaling", lambda out: ranks.measure(out / "ranks", steps=6), ranks.table),
     "plan": Part("The plan against a run", lambda out: plan.measure(out / "trl"), plan.table),
 }
