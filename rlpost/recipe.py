@@ -8,6 +8,7 @@ is printed and saved with the run has no hidden choice left.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -289,7 +290,7 @@ def _name_explorers(tree: dict[str, Any]) -> None:
     name = section.get("name", Algorithm.name) if isinstance(section, dict) else section or Algorithm.name
     bundle = ALGORITHMS.get(str(name))
     if "explore" not in tree and bundle is not None and bundle.explore:
-        tree["explore"] = [dict(one) for one in bundle.explore]
+        tree["explore"] = deepcopy(list(bundle.explore))
 
 
 def _name_algorithm(tree: dict[str, Any]) -> None:

@@ -110,7 +110,8 @@ def leaves(section, *path):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_bundle_loads_with_every_value_at_its_place_and_passes_the_check(quickstart, name):
-    recipe = quickstart(f"algorithm.name={name}")
+    helped = ["tasks.train.solution=solution", "tasks.train.hints=[solution]"]
+    recipe = quickstart(f"algorithm.name={name}", *(helped if ALGORITHMS[name].explore else []))
     whole = asdict(recipe.algorithm)
     for path, wanted in leaves(ALGORITHMS[name].section):
         found = whole
@@ -120,6 +121,7 @@ def test_a_bundle_loads_with_every_value_at_its_place_and_passes_the_check(quick
     for part, pieces in PIECES.items():
         assert set(whole[part]) == {"use", *pieces[whole[part]["use"]].parameters}
     assert recipe.curriculum == {"use": ALGORITHMS[name].curriculum}
+    assert recipe.explore == list(ALGORITHMS[name].explore)
     assert check(recipe) == []
 
 
@@ -132,6 +134,7 @@ def test_a_saved_recipe_of_every_bundle_loads_equal(quickstart, tmp_path, name):
 
 def test_loading_leaves_the_table_as_it_is(quickstart):
     before = repr(ALGORITHMS)
+    assert quickstart("algorithm.name=ghpo", "explore.0.levels.0=0.1").explore[0]["levels"] == [0.1, 0.5, 0.75]
     recipe = quickstart("algorithm.name=prorl_v2", "algorithm.loss.clip_low=0.1")
     recipe.algorithm.loss["clip_high"] = 9.0
     recipe.algorithm.mismatch.weights[0]["high"] = 9.0

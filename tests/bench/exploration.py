@@ -25,6 +25,8 @@ from tests.bench.quickstart import log_ends
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Student's t for two-sided 95 % intervals of the mean of so many differences."""
+COIN = "rewards=[{use: exact_chain, weight: 0.0}, {use: 'tests.bench.jobs:coin'}]"
+"""The first reward says what evaluation counts; the second alone is trained on."""
 HOME = "recipes/guide_grpo.yaml"
 QUIET = ["save_every=0", "logging.tensorboard=false", "logging.samples_per_step=2"]
 
@@ -47,7 +49,7 @@ def hint_arms() -> dict[str, Arm]:
         "grpo, all-fail groups kept": Arm(HOME, (*plain, "algorithm.groups.without_spread=keep")),
         "grpo, 4 to 8 terms": Arm(HOME, (*plain, "tasks.train.config.min_terms=4")),
         "guide, 4 to 8 terms": Arm(HOME, ("tasks.train.config.min_terms=4",)),
-        "random reward": Arm(HOME, (*plain, "rewards=[{use: 'tests.bench.jobs:coin'}]")),
+        "random reward": Arm(HOME, (*plain, COIN)),
         "guide": Arm(HOME),
         "guide, ratio unshaped": Arm(HOME, ("algorithm.off_policy.loss=importance",)),
         "guide, mixed group": Arm(
