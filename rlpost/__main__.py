@@ -249,6 +249,7 @@ def hints(options: argparse.Namespace) -> None:
     from rlpost.world import World
     from rlpost.write_hints import ask_endpoint, hints_of_recipe, write_hints
 
+    options.overrides = [*options.overrides, "explore=[]"]  # which may already name the file that is to be written
     recipe = checked(options)
     how = {"levels": options.levels, "chunk": options.chunk}
     if bool(options.endpoint) != bool(options.model):
