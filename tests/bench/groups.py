@@ -52,12 +52,6 @@ def work(model: Path | str) -> list[str]:
 def measure(out: Path) -> dict[str, Any]:
     """Milliseconds a rollout by size and way, and peak GiB by phase and size."""
     model = runs.base_model(SMALL, out)
-    costs = {}
-    for way, options in WAYS.items():
-        command = [sys.executable, "-m", "tests.bench.groups", "--child", str(model), json.dumps(options)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=runs.ROOT)
-        found = json.loads(done.stdout.splitlines()[-1])
-        costs[way] = {size: 1000 * statistics.median(times) / ROLLOUTS for size, times in found.items()}
     memory = {}
     for size in GROWING:
         wide = ["sampling.group_size=16", "prompts_per_step=2", "batch.micro_tokens=4096", "steps=3"]
@@ -66,6 +60,12 @@ def measure(out: Path) -> dict[str, Any]:
         memory[str(size)] = {
             phase: max(step[f"memory/peak_gib/{phase}"] for step in steps) for phase in ("generate", "train")
         }
+    costs = {}
+    for way, options in WAYS.items():
+        command = [sys.executable, "-m", "tests.bench.groups", "--child", str(model), json.dumps(options)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=runs.ROOT)
+        found = json.loads(done.stdout.splitlines()[-1])
+        costs[way] = {size: 1000 * statistics.median(times) / ROLLOUTS for size, times in found.items()}
     return {"costs": costs, "memory": memory}
 
 
