@@ -51,7 +51,11 @@ METRICS: dict[str, MetricInfo] = {
     "rollouts/truncated_frac": MetricInfo("fraction", "mean", "rollouts that ran into the length limit"),
     "rollouts/length_mean": MetricInfo("tokens", "mean", "tokens of a completion"),
     "rollouts/length_max": MetricInfo("tokens", "max", "tokens of the longest completion"),
-    "rollouts/pass@*": MetricInfo("fraction", "mean", "unbiased pass@k of the training prompts, without help"),
+    "rollouts/pass@*": MetricInfo(
+        "fraction",
+        "mean",
+        "unbiased pass@k without help, over prompts that got k answers",
+    ),
     "explore/waves": MetricInfo("waves", "max", "waves that explorers asked for beyond the first, most of a step's"),
     "explore/rollouts": MetricInfo("rollouts", "sum", "rollouts that explorers asked for"),
     "explore/newly_solved": MetricInfo("tasks", "sum", "tasks solved without help that had failed in every try before"),
