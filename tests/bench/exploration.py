@@ -4,8 +4,8 @@
     python -m tests.bench.exploration width --seeds 51 52 53 54 55
 
 `hints`: sums of 6 to 8 terms, of which the base has only seen shorter ones alone and long ones behind a hint.
-`width`: the quickstart's sums after N = 8 has trained until it stops; from there N = 8 to 512, at equal steps and at
-equal rollouts.
+`width`: sums of 4 to 8 terms, of which N = 8 learns what the base can already do and then stops; from there N = 8 to
+512, at equal steps and at equal rollouts.
 Runs go two at a time with one thread each. What is in `--out` already is not run again.
 """
 
@@ -27,7 +27,9 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9
 """Student's t for two-sided 95 % intervals of the mean of so many differences."""
 COIN = "rewards=[{use: exact_chain, weight: 0.0}, {use: 'tests.bench.jobs:coin'}]"
 """The first reward says what evaluation counts; the second alone is trained on."""
-HOME = "recipes/guide_grpo.yaml"
+HOME, WIDE = "recipes/guide_grpo.yaml", "recipes/brorl.yaml"
+LONGER = [f"tasks.{split}.config.max_terms=8" for split in ("train", "eval")]
+TRAINED, WITHOUT = ["model.init=null", "sft=null"], ["explore=[]"]
 QUIET = ["save_every=0", "logging.tensorboard=false", "logging.samples_per_step=2"]
 
 
@@ -66,22 +68,20 @@ def hint_arms() -> dict[str, Arm]:
 def width_arms() -> dict[str, Arm]:
     """N = 8 to 512 with 8 prompts a step: at equal steps, and with as many rollouts as N = 128 has."""
 
-    def arm(n: int, steps: float, *more: str) -> Arm:
-        wide = [f"explore=[{{use: broaden, width: {n}, chunk: 64}}]"] if n > 8 else []
-        return Arm("recipes/quickstart.yaml", ("sampling.group_size=8", *wide, *more), steps)
+    def arm(n: int, steps: float = 1, *more: str, trained: str = "") -> Arm:
+        explorers = f"[{{use: broaden, width: {n}, chunk: 64{trained}}}]" if n > 8 else "[]"
+        return Arm(WIDE, ("sampling.group_size=8", f"explore={explorers}", *more), steps)
 
     return {
-        "N=8": arm(8, 1),
-        "N=32": arm(32, 1),
-        "N=128": arm(128, 1),
-        "N=512": arm(512, 1),
-        "N=512, trained on 64": Arm(
-            "recipes/quickstart.yaml",
-            ("sampling.group_size=8", "explore=[{use: broaden, width: 512, chunk: 64, train: 64}]"),
-        ),
+        "N=8": arm(8),
+        "N=32": arm(32),
+        "N=128": arm(128),
+        "N=512": arm(512),
+        "N=512, trained on 64": arm(512, trained=", train: 64"),
+        "N=8, rate of N=512": arm(8, 1, "engine.lr=4e-4"),
         "N=8, rollouts of N=128": arm(8, 16),
-        "N=32, rollouts of N=128": arm(32, 4),
         "N=512, rollouts of N=128": arm(512, 0.25),
+        "N=128, random reward": arm(128, 1, COIN),
     }
 
 
@@ -91,11 +91,11 @@ def main() -> None:
     parser.add_argument("study", choices=["hints", "width"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[51, 52, 53, 54, 55])
     parser.add_argument("--arms", nargs="+", help="only these; the first is what the others are compared with")
-    parser.add_argument("--steps", type=int, help="(default: 20 for hints, 16 for width)")
+    parser.add_argument("--steps", type=int, help="(default: 20 for hints, 12 for width)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-exploration"))
     parser.add_argument("--side-by-side", type=int, default=2)
     options = parser.parse_args()
-    out, steps = options.out / options.study, options.steps or {"hints": 20, "width": 16}[options.study]
+    out, steps = options.out / options.study, options.steps or {"hints": 20, "width": 12}[options.study]
     arms = {"hints": hint_arms, "width": width_arms}[options.study]()
     arms = {name: arms[name] for name in options.arms or arms}
     out.mkdir(parents=True, exist_ok=True)
@@ -118,14 +118,17 @@ def hint_base(seed: int, out: Path) -> list[str]:
 
 
 def width_base(seed: int, out: Path) -> list[str]:
-    """The same for a model that N = 8 has trained until it stopped."""
-    folder, shared = out / f"base-{seed}", [f"run_dir={out}", f"seed={seed}"]
+    """The same for a model that N = 8 has trained until it stopped; the rate grows with the root of the rollouts."""
+    folder, mine = out / f"base-{seed}", [f"seed={seed}", f"sft.tasks.config.seed={seed}", *LONGER]
     if not (folder / "model/config.json").exists():
-        mine = [f"name={folder.name}", "steps=80", "sampling.group_size=8", "save_every=80", "evaluation.every=20"]
-        runs.rlpost("train", "recipes/quickstart.yaml", [*shared, *mine, "engine.lr=3e-4"], threads=1)
+        model = runs.base_model(WIDE, out, [*mine, *WITHOUT], threads=1)
+        loop = ["steps=60", "prompts_per_step=32", "sampling.group_size=8", "save_every=60", "evaluation.every=20"]
+        start = [f"run_dir={out}", f"name={folder.name}", f"model.path={model}", *TRAINED, *WITHOUT]
+        runs.rlpost("train", WIDE, [*mine[:1], *LONGER, *start, *loop, "engine.lr_rollouts=256"], threads=1)
         runs.export(folder)
-    small = ["prompts_per_step=8", "engine.lr=1e-4", "engine.lr_rollouts=64", "engine.warmup_steps=2"]
-    return [*shared, f"model.path={folder / 'model'}", "model.init=null", "sft=null", *small]
+    small = ["prompts_per_step=8", "engine.lr=5e-5", "engine.lr_rollouts=64", "engine.warmup_steps=2"]
+    start = [f"run_dir={out}", f"seed={seed}", f"model.path={folder / 'model'}", *TRAINED]
+    return [*start, *LONGER, *small, "algorithm.groups.max_waves=1"]
 
 
 def measure(name: str, seed: int, arm: Arm, base: Sequence[str], *, steps: int, out: Path) -> dict[str, Any]:
