@@ -220,14 +220,20 @@ def show_dry_run(recipe: Recipe, tasks: list[Task]) -> None:
 def difficulty(options: argparse.Namespace) -> None:
     """`rlpost difficulty`."""
     recipe = checked(options)
-    from rlpost.difficulty import Ask, measure
+    from rlpost.difficulty import Ask, measure, measure_each
     from rlpost.world import World
 
     ask = Ask(options.n, options.passuntil, options.probe)
     out = options.out or Path(recipe.run_dir) / f"{recipe.name}-difficulty.jsonl"
+    if len(options.models) > 1:
+        named = {"--n": ask.n, "--passuntil": ask.until, "--probe": ask.probe}
+        asked = [f"{name}={value}" for name, value in named.items() if value is not None]
+        command = ["difficulty", options.recipe, *options.overrides, "--out", str(out), *asked]
+        sys.exit(measure_each(options.models, command, World().size))
+    model = options.models[0] if options.models else None
 
     def run(world: World) -> None:
-        measure(shown(recipe, world), world, ask, out=out, models=options.models)
+        measure(shown(recipe, world), world, ask, out=out, model=model)
         if world.is_main:
             print(f"difficulty: {out}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -156,14 +157,28 @@ class Prober:
         return [{"probe_first": group.rollouts[0].token_ids[:1] == (token,)} for group in groups]
 
 
-def measure(recipe: Recipe, world: World, ask: Ask, *, out: Path, models: Sequence[str] = ()) -> Path:
-    """Write a line for each training task and model that `out` does not have yet; without `models` the recipe's own."""
-    if not models:
+def measure(recipe: Recipe, world: World, ask: Ask, *, out: Path, model: str | None = None) -> Path:
+    """Write a line for each training task that `out` does not have yet, by the recipe's own model or another."""
+    if model is None:
         _measure_model(recipe, world, ask, out, None)
-    for path in models:
-        one = replace(recipe, model=replace(recipe.model, path=path, init=None), sft=None)
-        _measure_model(one, world, ask, out, path)
+    else:
+        other = replace(recipe, model=replace(recipe.model, path=model, init=None), sft=None)
+        _measure_model(other, world, ask, out, model)
     return out
+
+
+def measure_each(models: Sequence[str], command: Sequence[str], world_size: int) -> int:
+    """The same command for one model after the other, each in its own process; the first exit status that is not 0.
+
+    In one process vLLM's end would take the ranks' process group with it.
+    """
+    if world_size > 1:
+        raise RunError("--models takes several models on one rank only: give each its own command, with the same --out")
+    for model in models:
+        status = subprocess.run([sys.executable, "-m", "rlpost", *command, "--models", model], check=False).returncode
+        if status:
+            return status
+    return 0
 
 
 def _measure_model(recipe: Recipe, world: World, ask: Ask, out: Path, name: str | None) -> None:

@@ -7,14 +7,15 @@ from itertools import product
 
 import numpy as np
 import pytest
-from lab import RECIPE, REWARDS
+from lab import RECIPE, REWARDS, rlpost
 
 from curricula._files import difficulty_of
 from curricula.irt import Irt
 from rlpost import difficulty
 from rlpost.check import load_and_check
-from rlpost.difficulty import Ask, append, estimate, measure, recorded, wilson
+from rlpost.difficulty import Ask, append, estimate, measure, measure_each, recorded, wilson
 from rlpost.errors import RunError
+from rlpost.model_source import model_folder
 from rlpost.tasks import load_task_sets
 
 HEAD = {"model": "m", "asked": "n=4"}
@@ -156,11 +157,10 @@ def test_the_service_goes_on_after_an_accident_to_the_same_file(tiny, single_ran
 
 
 def test_the_service_collects_a_response_matrix_of_several_models(tiny, single_rank):
-    from rlpost.model_source import model_folder
-
     recipe = load(tiny)
     models = [str(model_folder(load(tiny, f"seed={seed}"), single_rank)) for seed in (1, 2)]
-    out = measure(recipe, single_rank, Ask(n=4), out=tiny / "models.jsonl", models=models)
+    for model in models:
+        out = measure(recipe, single_rank, Ask(n=4), out=tiny / "models.jsonl", model=model)
     rows = rows_of(out)
     assert [row["model"] for row in rows] == [models[0]] * 12 + [models[1]] * 12
     tasks, _ = load_task_sets(recipe)
@@ -205,5 +205,24 @@ def test_the_command_writes_where_it_says(tiny, capsys, monkeypatch):
     assert __main__.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "Ask(n=8, until=64, probe=None)" in printed and f"difficulty: {tiny}/tiny-difficulty.jsonl" in printed
-    assert __main__.main([*arguments, "--out", "x.jsonl", "--models", "a", "b"]) == 0
-    assert "'models': ['a', 'b']" in capsys.readouterr().out
+    assert __main__.main([*arguments, "--out", "x.jsonl", "--models", "a"]) == 0
+    assert "'model': 'a'" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_command_asks_several_models_one_after_the_other_with_vllm(lab, single_rank):
+    own, out = [f"run_dir={lab / 'runs'}", "sft=null", "tasks.train.limit=12"], lab / "matrix.jsonl"
+    recipes = [load_and_check(lab / "tiny.yaml", [*own, f"seed={seed}"]) for seed in (1, 2)]
+    models = [str(model_folder(recipe, single_rank)) for recipe in recipes]
+    asked = [*own[1:], "--n", "4", "--out", str(out), "--models", *models]
+    done = rlpost(lab, "difficulty", *asked)
+    assert done.returncode == 0, done.stderr
+    assert [row["model"] for row in rows_of(out)] == [models[0]] * 12 + [models[1]] * 12
+
+
+def test_several_models_take_one_rank(monkeypatch):
+    started = []
+    monkeypatch.setattr(difficulty.subprocess, "run", lambda command, check: started.append(command))
+    with pytest.raises(RunError, match="--models takes several models on one rank only"):
+        measure_each(["a", "b"], ["difficulty", "x.yaml"], world_size=2)
+    assert not started
