@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlpost.errors import RecipeError, RunError
+from rlpost.scaling.options import add_scaling
 
 if TYPE_CHECKING:
     from rlpost.recipe import Recipe
@@ -90,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("name", nargs="?", type=algorithm_name, metavar="NAME", help="such as dapo")
     command.set_defaults(run=algorithms)
     add_simulations(commands)
+    add_scaling(commands)
     return top
 
 
