@@ -28,7 +28,7 @@ def family(tmp_path_factory) -> Path:
     for hidden, cost in SIZES.items():
         k = K_MAX / (1 + N_0 / 39 / hidden**2)
         for seed in range(3):
-            slope = k * (1 + 0.05 * np.random.default_rng(hidden + seed).standard_normal())
+            slope = k * (1 + 0.05 * np.random.default_rng([hidden, seed]).standard_normal())
             shape = {"hidden": hidden, "seed": seed, "flops": 1e9 * cost, "noise": 0.002}
             write_run(folder / f"h{hidden}-{seed}", power(slope), **shape)
     return folder
@@ -187,7 +187,7 @@ def test_the_noise_scale_stands_in_for_batch_sizes_that_were_not_run(tmp_path: P
     ("curve", "noise", "steps", "verdict"),
     [
         (rising(0.3, 0.8, 4.0, 3.0), 0.001, 40, "stop"),  # flat since step 10
-        (power(0.25), 0.001, 40, "go on"),
+        (power(0.4), 0.001, 20, "go on"),
         (rising(), 0.05, 12, "cannot tell"),
     ],
 )
@@ -221,6 +221,10 @@ def test_ask_on_the_command_line_answers(family: Path, tmp_path: Path, capsys):
     assert "run: stop: 20 steps remain" in capsys.readouterr().out
 
 
+def broken(folder: Path, text: str) -> None:
+    (write_run(folder / "a", rising()) / "metrics.jsonl").write_text(text)
+
+
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
@@ -228,17 +232,13 @@ def test_ask_on_the_command_line_answers(family: Path, tmp_path: Path, capsys):
         (lambda folder: (folder / "metrics.jsonl").write_text(""), ["fit"], "recipe.yaml or summary.json"),
         (lambda folder: write_run(folder / "a", rising()), ["ask"], "needs one budget"),
         (lambda folder: write_run(folder / "a", rising()), ["ask", "--stop", "--budget", "1"], "one thing at a time"),
-        (
-            lambda folder: (write_run(folder / "a", rising()) / "metrics.jsonl").write_text("{\n{}\n"),
-            ["fit"],
-            ":1 must",
-        ),
-        (lambda folder: (write_run(folder / "a", rising()) / "metrics.jsonl").write_text(""), ["fit"], "evaluations"),
+        (lambda folder: broken(folder, "{\n{}\n"), ["fit"], "metrics.jsonl:1 must be JSON"),
+        (lambda folder: broken(folder, ""), ["fit"], "must hold held-out evaluations"),
     ],
 )
 def test_bad_input_is_one_message(tmp_path: Path, capsys, make, arguments, message):
     make(tmp_path)
-    assert main(["scaling", arguments[0], str(tmp_path), *arguments[1:]]) == 2
+    assert main(["scaling", arguments[0], str(tmp_path), *arguments[1:]]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert message in said

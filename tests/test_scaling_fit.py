@@ -255,7 +255,7 @@ def test_the_same_seed_gives_the_same_interval():
 
 
 def test_too_few_points_are_one_message():
-    law, natural, places, noise = CASES["sigmoid"]
+    law, natural, _, noise = CASES["sigmoid"]
     few = simulate(law, natural, *one_run([0, 1, 2, 3]), **noise)
     with pytest.raises(RunError, match=r"mine: there must be more points .* \(got 4 points, 4 numbers\)"):
         fit(law, few, label="mine")

@@ -248,17 +248,21 @@ class Outlook:
 
 
 def early_stop(run: RunCurve, *, planned: float | None = None, worth: float = 0.01, num: int = 500) -> Outlook:
-    """Predict what the remaining steps add, by the sigmoid and by the power law; they must agree on a verdict."""
+    """Predict what the remaining steps add, by the sigmoid and by the power law; they must agree on a verdict.
+
+    A law that misses the run's second half by more than twice what the other does has no say.
+    """
     end, now = planned or run.planned, float(run.step_e[-1])
     if end <= now:
         raise RunError(f"{run.name} has no steps left (it is at {now:.0f} of {end:.0f}): give --planned STEPS beyond")
-    gains = {}
+    gains, misses = {}, {}
     for name, ahead in (("sigmoid", _sigmoid_gain), ("power law", _power_gain)):
         try:
-            gains[name] = ahead(run, now, float(end), num)
+            gains[name], misses[name] = ahead(run, now, float(end), num)
         except RunError:
             continue
-    if len(gains) == 2 and all(gain.high < worth for gain in gains.values()):
+    gains = {name: gain for name, gain in gains.items() if misses[name] <= 2 * min(misses.values())}
+    if gains and all(gain.high < worth for gain in gains.values()):
         verdict = "stop"
     elif gains and all(gain.low >= worth for gain in gains.values()):
         verdict = "go on"
@@ -267,15 +271,17 @@ def early_stop(run: RunCurve, *, planned: float | None = None, worth: float = 0.
     return Outlook(verdict, gains, end - now, worth)
 
 
-def _sigmoid_gain(run: RunCurve, now: float, end: float, num: int) -> Estimate:
+def _sigmoid_gain(run: RunCurve, now: float, end: float, num: int) -> tuple[Estimate, float]:
     points = Points(run.step_e[:, None], run.pass_e, np.zeros(len(run.step_e), int), (alike(run),), (run.name,))
     found = fit(Sigmoid(), points, label=run.name, num=num, extrapolate=False)
     x = np.array([[now], [end]])
     value = np.diff(found.law.predict(found.theta, x))[0]
-    return _gain(found, value, np.diff(found.law.predict(found.replicates.theta_Sp, x))[:, 0])
+    missed = _second_half(run.pass_e - found.law.predict(found.theta, points.x_nc))
+    many = found.law.predict(found.replicates.theta_Sp, x)
+    return _gain(found, value, np.diff(many)[:, 0]), missed
 
 
-def _power_gain(run: RunCurve, now: float, end: float, num: int) -> Estimate:
+def _power_gain(run: RunCurve, now: float, end: float, num: int) -> tuple[Estimate, float]:
     good = (run.step_e > 0) & (run.loss_e > 0)
     x = np.stack([np.ones(good.sum()), np.log10(run.step_e[good])], axis=-1)
     points = Points(x, np.log10(run.loss_e[good]), np.zeros(len(x), int), (alike(run),), (run.name,))
@@ -283,7 +289,13 @@ def _power_gain(run: RunCurve, now: float, end: float, num: int) -> Estimate:
     ends = np.array([[1.0, math.log10(now)], [1.0, math.log10(end)]])
     value = -np.diff(10 ** (found.law.predict(found.theta, ends) + found.offset_R))[0]
     many = 10 ** (found.law.predict(found.replicates.theta_Sp, ends) + found.replicates.offset_SR)
-    return _gain(found, value, -np.diff(many)[:, 0])
+    missed = _second_half(10**points.y_n - 10 ** (found.law.predict(found.theta, x) + found.offset_R))
+    return _gain(found, value, -np.diff(many)[:, 0]), missed
+
+
+def _second_half(left: Array) -> float:
+    """Root mean square over the second half."""
+    return float(np.sqrt(np.mean(left[len(left) // 2 :] ** 2)))
 
 
 def _gain(found: Fit, value: float, many: Array) -> Estimate:

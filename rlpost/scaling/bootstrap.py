@@ -59,7 +59,8 @@ class Replicates:
         """What the spread of a figure over the replicates is to be multiplied by.
 
         The variance of each stratum, v_s = sum over its runs of cov(value, times drawn)^2, has m_s - 1 degrees of
-        freedom: together (sum v_s)^2 / sum(v_s^2 / (m_s - 1)), after Satterthwaite; and is too small by (m_s - 1) / m_s.
+        freedom and is (m_s - 1) / m_s of what it should be; together they have (sum v_s)^2 / sum(v_s^2 / (m_s - 1)),
+        after Satterthwaite.
         """
         if self.weight_SR is None:
             return stretch_of(self.df)
