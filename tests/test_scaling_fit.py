@@ -174,7 +174,7 @@ def test_the_first_part_predicts_the_rest_and_says_how_well():
     held = found.held_out
     assert held is not None
     assert (held.num, held.share) == (8, 0.6)
-    assert held.error < 0.05 < held.last_error
+    assert held.error < 0.03 < held.last_error
     bent = simulate(law, natural, *places, **noise)
     broken = Points(bent.x_nc, np.where(bent.x_nc[:, 0] > 5, 0.1, bent.y_n), bent.run_n, bent.strata)
     worse = fit(law, broken, num=200).held_out
@@ -186,7 +186,7 @@ def test_the_first_part_predicts_the_rest_and_says_how_well():
     ("law", "natural", "places", "each", "parameter"),
     [
         (Sigmoid(), (0.3, 0.8, 30.0, 1.0), one_run(np.linspace(0, 8, 12)), 0.01, "A"),  # ends far below C_mid
-        (PowerLaw(), (0.5, 1e9), lines(3), 0.01, "N_0"),  # all sizes far below N_0: k is a line in N
+        (PowerLaw(), (20.0, 4e8), lines(3), 0.01, "N_0"),  # all sizes far below N_0: k is a line in N
         (PowerLaw(), (0.1, 1e3), lines(3), 0.02, "N_0"),  # all far above it: k is a constant
         (BatchTradeOff(), (30.0, 0.1), batches(), 0.05, "B_noise"),  # all batches far above it
         (DataReuse(), (0.3, 500.0), reuse(), 0.01, "R*"),  # 30 passes that cost nothing
@@ -200,7 +200,7 @@ def test_a_parameter_that_the_data_do_not_hold_is_called_so(law, natural, places
 
 
 def test_two_parameters_that_trade_for_each_other_are_named_together():
-    found = fit(PowerLaw(), simulate(PowerLaw(), (0.5, 1e9), *lines(3), each=0.01, seed=2), num=200)
+    found = fit(PowerLaw(), simulate(PowerLaw(), (3.0, 2e7), *lines(3), each=0.01, seed=2), num=200)
     assert any("K_max" in text and "N_0" in text and "trade" in text for text in found.warnings)
 
 
