@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlpost.errors import RecipeError, RunError
+from rlpost.scaling.options import add_scaling
 
 if TYPE_CHECKING:
     from rlpost.recipe import Recipe
@@ -75,6 +76,18 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--adapter", action="store_true", help="only the adapters of model.lora, as a folder of peft")
     command.add_argument("--checkpoint", type=Path, help="another than the newest, such as RUN/checkpoints/step-000010")
     command.set_defaults(run=export)
+    add_hints(commands)
+    what = "the table of algorithms, or one of them as a section to paste into a recipe"
+    command = commands.add_parser("algorithms", help=what, description=what)
+    command.add_argument("name", nargs="?", type=algorithm_name, metavar="NAME", help="such as dapo")
+    command.set_defaults(run=algorithms)
+    add_simulations(commands)
+    add_scaling(commands)
+    return top
+
+
+def add_hints(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`rlpost hints` and its options."""
     what = "hints for the training tasks, written by a model, for `explore: [{use: guide, source: file, path: ...}]`"
     command = commands.add_parser("hints", help=what, description=what)
     command.add_argument("recipe", help="a YAML file")
@@ -85,12 +98,6 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--model", help="the model's name there (default: the recipe's own model, in this process)")
     command.add_argument("--chunk", type=int, default=64, help="tasks that are asked for at once")
     command.set_defaults(run=hints)
-    what = "the table of algorithms, or one of them as a section to paste into a recipe"
-    command = commands.add_parser("algorithms", help=what, description=what)
-    command.add_argument("name", nargs="?", type=algorithm_name, metavar="NAME", help="such as dapo")
-    command.set_defaults(run=algorithms)
-    add_simulations(commands)
-    return top
 
 
 def add_plan(command: argparse.ArgumentParser) -> None:

@@ -36,7 +36,8 @@ _BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
         "algorithm.mismatch.offpolicy_limit algorithm.critic.lr algorithm.critic.value_clip algorithm.minibatches "
         "algorithm.epochs generator.kv_cache_gib generator.max_num_seqs generator.canary_tolerance engine.lr "
         "engine.eps engine.sequence_parallel engine.sync_bucket_mib batch.micro_tokens batch.row_tokens sft.steps "
-        "sft.batch_size sft.lr sft.max_seconds evaluation.n evaluation.temperature evaluation.max_new_tokens",
+        "sft.batch_size sft.lr sft.max_seconds sft.target_loss evaluation.n evaluation.temperature "
+        "evaluation.max_new_tokens",
     ),
     (
         ">= 0",

@@ -189,6 +189,8 @@ class Sft:
     weight_decay: float = 0.0
     max_seconds: float | None = None
     """Stop after so much time, for comparisons at equal compute; the schedule still counts steps."""
+    target_loss: float | None = None
+    """Stop where the mean loss of the last 20 steps is so low, for comparisons of bases that fit their data equally."""
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -43,6 +44,9 @@ from rlpost.trackers import Trackers
 from rlpost.types import Micro, Task
 from rlpost.update import update
 from rlpost.world import World
+
+TARGET_STEPS = 20
+"""Steps over which the loss is averaged that is compared with `sft.target_loss`."""
 
 
 def base_model(recipe: Recipe, world: World) -> Path:
@@ -81,7 +85,7 @@ def sft(recipe: Recipe, section: Sft, start: Path, folder: Path, world: World) -
         make_folder(folder)
     trackers = Trackers(folder, recipe, world)
     trackers.rewind(first)
-    started = time.monotonic()
+    started, losses = time.monotonic(), deque[float](maxlen=TARGET_STEPS)
     with Progress(recipe, world, total_steps=section.steps, start=first) as progress:
         for step in range(first, section.steps):
             documents = demonstrations.batch(step, section.batch_size)[world.rank :: world.size]
@@ -94,7 +98,8 @@ def sft(recipe: Recipe, section: Sft, start: Path, folder: Path, world: World) -
             progress.update(step, figures)
             if recipe.save_every and (step + 1) % recipe.save_every == 0:
                 checkpoints.save(step + 1, engine, {})
-            if out_of_time(section, started, world):
+            losses.append(figures["policy/loss"])
+            if out_of_time(section, started, world) or on_target(section, losses):
                 break
     trackers.close()
     export_policy(engine, folder, like=start)
@@ -153,6 +158,13 @@ def out_of_time(section: Sft, started: float, world: World) -> bool:
     if section.max_seconds is None:
         return False
     return bool(world.max(int(world.is_main and time.monotonic() - started >= section.max_seconds)))
+
+
+def on_target(section: Sft, losses: Sequence[float]) -> bool:
+    """Whether the loss of the last steps, which is the same on every rank, is as low as `target_loss`."""
+    if section.target_loss is None or len(losses) < TARGET_STEPS:
+        return False
+    return sum(losses) / TARGET_STEPS <= section.target_loss
 
 
 def shaped_by(recipe: Recipe, section: Sft) -> dict[str, Any]:

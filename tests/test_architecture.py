@@ -24,9 +24,15 @@ AT_HOME = {
     "datasets": {"rlpost/sources.py"},
     "pyarrow": {"rlpost/sources.py"},
     "reasoning_gym": {"rlpost/sources.py"},
-    "matplotlib": {"rlpost/simulate/brorl.py"},
+    "matplotlib": {"rlpost/scaling/plots.py", "rlpost/simulate/brorl.py"},
     "rich": {"rlpost/catalogue.py", "rlpost/progress.py", "rlpost/samples.py", "rlpost/simulate/brorl.py"},
-    "scipy": {"curricula/_irt.py"},
+    "scipy": {
+        "curricula/_irt.py",
+        "rlpost/scaling/bootstrap.py",
+        "rlpost/scaling/fit.py",
+        "rlpost/scaling/fits.py",
+        "rlpost/scaling/search.py",
+    },
     "sklearn": {"curricula/_irt.py"},
     "wandb": {"rlpost/trackers.py"},
 }

@@ -7,8 +7,8 @@ import json
 import pytest
 from lab import base_model, rlpost
 
-from rlpost.recipe import load
-from rlpost.sft import shaped_by
+from rlpost.recipe import Sft, load
+from rlpost.sft import TARGET_STEPS, on_target, shaped_by
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -37,3 +37,11 @@ def test_what_shapes_the_base_model_changes_its_name_and_nothing_else_does(lab) 
     assert shape("steps=9", "engine.lr=1", "rewards=[{use: exact_chain}]") == shape()
     for change in ("sft.lr=0.5", "seed=1", "model.context=48", "sft.tasks.config.size=65", "engine.grad_clip=2"):
         assert shape(change) != shape(), change
+
+
+def test_training_to_a_target_ends_with_the_first_steps_whose_mean_loss_is_so_low() -> None:
+    asked = Sft(target_loss=0.5)
+    assert not on_target(asked, [0.1] * (TARGET_STEPS - 1))
+    assert not on_target(asked, [0.5] * (TARGET_STEPS - 1) + [0.6])
+    assert on_target(asked, [0.4] * (TARGET_STEPS - 1) + [0.6])
+    assert not on_target(Sft(), [0.0] * TARGET_STEPS)
