@@ -55,7 +55,7 @@ STUDIED = ["uniform", "static", "adcl", "adarft", "kimi", "learnable", "irt"]
 
 
 def main() -> None:
-    """Run what is not there yet, print tables, write `curricula.json` and `curricula.md`."""
+    """Run what is not there yet, print tables, write `curricula.json`, `.md` and `.png`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[41, 42, 43, 44, 45])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=STUDIED)
@@ -74,6 +74,7 @@ def main() -> None:
     (options.out / "curricula.json").write_text(json.dumps(results, indent=2) + "\n")
     told = f"{table(results)}\n\n{levels(results)}\n"
     (options.out / "curricula.md").write_text(told)
+    picture(results, options.out / "curricula.png")
     print(told)
 
 
@@ -178,6 +179,30 @@ def levels(results: Sequence[dict[str, Any]]) -> str:
         values = [statistics.mean(one[name] for one in found) for name in names]
         lines.append(f"| {arm} | {' | '.join(f'{value:.3f}' for value in values)} |")
     return "\n".join(lines)
+
+
+def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """A panel a curriculum: each seed's held-out curve, and the mean of `uniform` in grey behind it."""
+    from matplotlib.figure import Figure
+
+    arms = list(dict.fromkeys(result["arm"] for result in results))
+    by_arm = {arm: [result["curve"] for result in results if result["arm"] == arm] for arm in arms}
+    columns = min(4, len(arms))
+    figure = Figure(figsize=(3 * columns, 2.6 * math.ceil(len(arms) / columns)), layout="constrained")
+    axes = list(figure.subplots(math.ceil(len(arms) / columns), columns, sharex=True, sharey=True, squeeze=False).flat)
+    for panel, arm in zip(axes, arms, strict=False):
+        base = [
+            [statistics.mean(column) for column in zip(*points, strict=True)]
+            for points in zip(*by_arm[arms[0]], strict=True)
+        ]
+        panel.plot(*zip(*base, strict=True), color="0.75", linewidth=3, label=f"mean of {arms[0]}")
+        for curve in by_arm[arm]:
+            panel.plot(*zip(*curve, strict=True), linewidth=1)
+        panel.set(title=arm, xlabel="rollouts", ylabel="held-out pass@1", ylim=(0, 1))
+        panel.label_outer()
+    for panel in axes[len(arms) :]:
+        panel.set_axis_off()
+    figure.savefig(path, dpi=120)
 
 
 def interval(differences: Sequence[float]) -> str:
