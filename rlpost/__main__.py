@@ -89,6 +89,8 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("algorithms", help=what, description=what)
     command.add_argument("name", nargs="?", type=algorithm_name, metavar="NAME", help="such as dapo")
     command.set_defaults(run=algorithms)
+    what = "every figure that a run can log: unit, how ranks are merged, meaning, source"
+    commands.add_parser("metrics", help=what, description=what).set_defaults(run=metrics)
     add_simulations(commands)
     return top
 
@@ -279,6 +281,13 @@ def algorithms(options: argparse.Namespace) -> None:
         print_catalogue()
     else:
         print(section(options.name), end="")
+
+
+def metrics(_: argparse.Namespace) -> None:
+    """`rlpost metrics`."""
+    from rlpost.catalogue import print_metrics
+
+    print_metrics()
 
 
 def simulate_brorl(options: argparse.Namespace) -> None:

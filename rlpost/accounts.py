@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlpost.clock import Clock
 from rlpost.energy import Meter
-from rlpost.flops import Costs
+from rlpost.flops import Costs, causal_pairs, full_pairs
 from rlpost.metrics import Metrics, metric_info
 from rlpost.types import Micro, Request, Rollout, Sampling
 
@@ -58,6 +58,8 @@ class Accounts:
     def passed(self, purpose: str, micro: Micro, *, trained: bool = False) -> None:
         """A forward pass over a micro-batch, and where it is `trained` the backward pass too."""
         costs = self.costs["critic" if purpose == "critic" else "policy"]
+        if purpose == "train":
+            self._now["tokens/processed"] += micro.num_tokens / self.sharing
         if costs is None:
             return
         positions = micro.tokens_BT.numel()
@@ -68,8 +70,6 @@ class Accounts:
         if trained:
             needed = {"positions": micro.num_positions, "pairs": micro.num_pairs, "logits": micro.num_trained}
             self._now["flops/needed_train"] += costs.needed(**needed) / self.sharing
-            if purpose == "train":
-                self._now["tokens/processed"] += micro.num_tokens / self.sharing
 
     def generated(self, purpose: str, requests: Sequence[Request], rollouts: Sequence[Rollout], block: int) -> None:
         """Answers of the generator to some requests, in their order."""
@@ -86,9 +86,10 @@ class Accounts:
             needed = costs.generation(prompt=prompt, completions=completions, block=1)
             if block:
                 spent = costs.generation(prompt=prompt, completions=completions, block=block)
-            else:  # plain transformers: a row goes on until the longest has ended, with logits of the prompt as well
+            else:  # plain transformers: rows go on until the longest has ended; of prompts all logits and all pairs
                 spent = costs.generation(prompt=prompt, completions=[max(completions)] * request.n, block=0)
-                spent += request.n * costs.forward(positions=0, pairs=0, logits=prompt - 1)
+                masked = full_pairs([prompt]) - causal_pairs([prompt])
+                spent += request.n * costs.forward(positions=0, pairs=masked, logits=prompt - 1)
             self._now[f"flops/{purpose}"] += spent
             if purpose == "generate":
                 self._now["flops/needed_generate"] += needed

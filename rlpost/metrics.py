@@ -193,7 +193,6 @@ METRICS: dict[str, MetricInfo] = {
     "eval/lost_frac": MetricInfo("fraction", "last", "problems solved at the first evaluation and not now"),
     "eval/length_mean": MetricInfo("tokens", "last", "tokens of a held-out completion"),
     "eval/truncated_frac": MetricInfo("fraction", "last", "held-out completions that ran into the length limit"),
-    "sft/loss": MetricInfo("nats", "mean", "cross-entropy of a trained token"),
 }
 """First match wins; `*` stands for the part of a family's name that only the run knows."""
 

@@ -113,6 +113,29 @@ def test_nan_shows_in_mean_and_max():
     assert all(math.isnan(value) for value in metrics.reduce().values())
 
 
+def test_spread_is_that_of_all_ranks_together():
+    def work(rank, world):
+        metrics = Metrics(world)
+        metrics.quantiles("rollouts/length", [10 * rank + i for i in range(1, 11)])
+        metrics.std("reward/std_all", [0.0, 1.0] if rank else [0.0])
+        return metrics.reduce() | metrics.reduce()
+
+    quantiles = {"p10": 2, "p50": 10, "p90": 18, "p99": 20}
+    expected = {f"rollouts/length_{name}": x for name, x in quantiles.items()}
+    assert Ranks(2).run(work) == [expected | {"reward/std_all": pytest.approx(math.sqrt(2) / 3)}] * 2
+
+
+def test_spread_of_nothing_is_left_out_and_of_another_kind_refused():
+    metrics = Metrics(OneRank())
+    metrics.quantiles("rollouts/length", [])
+    metrics.std("reward/std_all", [])
+    assert metrics.reduce() == {}
+    with pytest.raises(ValueError, match="'reward/mean' is declared as 'mean'"):
+        metrics.std("reward/mean", [1.0])
+    with pytest.raises(ValueError, match="'speed_p50' is not declared"):
+        metrics.quantiles("speed", [1.0])
+
+
 def test_reduce_starts_the_next_step_empty():
     metrics = Metrics(OneRank())
     metrics.sum("rollouts/num", 3)
@@ -139,4 +162,4 @@ def test_exact_names_and_narrow_families_come_before_wide_ones():
     assert metric_info("reward/solved_frac") is METRICS["reward/solved_frac"]
     assert metric_info("reward/unjudged/brevity").reduction == "sum"
     assert metric_info("reward/brevity").reduction == "mean"
-    assert metric_info("eval/pass@8").reduction == "mean"
+    assert metric_info("eval/pass@8") is METRICS["eval/pass@*"]
