@@ -103,10 +103,13 @@ class Accounts:
         self._now.clear()
 
     def close_evaluation(self, every_rank: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """Add what every rank's evaluation took; the totals after it, to stand beside its figures."""
+        """Add what every rank's evaluation took; that and the totals after it, to stand beside its figures."""
+        spent: dict[str, float] = {}
         for ledger in every_rank:
             self._add(ledger)
-        return self.shown()
+            for name, amount in ledger.items():
+                spent[name] = spent.get(name, 0.0) + amount
+        return spent | self.shown()
 
     def take(self) -> dict[str, float]:
         """This rank's ledger, which begins anew."""

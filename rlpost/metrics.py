@@ -174,7 +174,6 @@ METRICS: dict[str, MetricInfo] = {
     ),
     "optim/lr": MetricInfo("1", "last", "learning rate of the last optimizer step"),
     "optim/steps": MetricInfo("steps", "last", "optimizer steps since the start of the run"),
-    "optim/skipped_steps": MetricInfo("steps", "last", "optimizer steps skipped for a gradient that is not finite"),
     "sync/seconds": MetricInfo("s", "max", "trainer to generator weights, slowest rank; no waking up, no canary"),
     "sync/bytes": MetricInfo("bytes", "last", "weights handed to each generator"),
     "sync/gb_per_s": MetricInfo("10^9 bytes/s", "mean", "rate of the sync, over ranks"),

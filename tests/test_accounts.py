@@ -188,7 +188,8 @@ def test_a_model_whose_cost_is_not_known_logs_tokens_and_no_flops() -> None:
 def test_accounts_resume_exactly() -> None:
     found, resumed = accounts(), accounts()
     found.close_step({"tokens/generated": 5.0, "time/train_s": 1.0, "energy/gpu_j": 2.0})
-    found.close_evaluation([{"flops/evaluate": 3.0}, {"flops/evaluate": 4.0, "tokens/evaluated": 1.0}])
+    shown = found.close_evaluation([{"flops/evaluate": 3.0}, {"flops/evaluate": 4.0, "tokens/evaluated": 1.0}])
+    assert shown["flops/evaluate"] == shown["total/flops/evaluate"] == 7 and shown["tokens/evaluated"] == 1
     resumed._now["flops/train"] = 1.0  # of a step that failed
     resumed.load_state_dict(json.loads(json.dumps(found.state_dict())))
     for one in (found, resumed):

@@ -39,12 +39,18 @@ RUNS = {
             "evaluation={n: 2, every: 4, by: terms}",
             "tasks.train.config.size=9",
         ),
-        *("tasks.eval={path: 'rlpost.testbed:chain_sums', config: {split: eval, size: 4}, answer: answer}",),
-        *("algorithm.kl={coef: 0.01, place: reward}", "algorithm.entropy.coef=0.001", "curriculum=adcl"),
+        *(
+            "tasks.eval={path: 'rlpost.testbed:chain_sums', extra: [terms], config: {split: eval, size: 4, "
+            "min_terms: 2, max_terms: 3}}",
+        ),
+        *("algorithm.kl={coef: 0.01, place: reward}", "algorithm.entropy.coef=0.001", "curriculum={use: adcl}"),
     ],
     "ppo": [COIN, "algorithm.name=ppo", "steps=1", "algorithm.minibatches=2"],
     "kimi": [COIN, "algorithm.name=kimi_k15", "steps=1", "algorithm.interruption={text: ';', answer_tokens: 4}"],
     "guide": [*LONG, "algorithm.name=guide_grpo", f"explore=[{HINTS}]", "steps=1"],
+    "own": ["algorithm.loss={use: 'mylab.losses:length_mean'}", "steps=1"],
+    "wide": ["algorithm.name=brorl", "explore.0.width=8", "explore.0.chunk=2", "steps=1"],
+    "guided": [*LONG, "algorithm.name=guide_ppo", f"explore=[{HINTS}]", "steps=1"],
     "luffy": [*LONG, "algorithm.name=luffy", "steps=1"],
 }
 
