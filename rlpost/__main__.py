@@ -85,12 +85,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--model", help="the model's name there (default: the recipe's own model, in this process)")
     command.add_argument("--chunk", type=int, default=64, help="tasks that are asked for at once")
     command.set_defaults(run=hints)
-    what = "the table of algorithms, or one of them as a section to paste into a recipe"
-    command = commands.add_parser("algorithms", help=what, description=what)
-    command.add_argument("name", nargs="?", type=algorithm_name, metavar="NAME", help="such as dapo")
-    command.set_defaults(run=algorithms)
-    what = "every figure that a run can log: unit, how ranks are merged, meaning, source"
-    commands.add_parser("metrics", help=what, description=what).set_defaults(run=metrics)
+    add_tables(commands)
     add_simulations(commands)
     return top
 
@@ -104,6 +99,16 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     what = "push the worst micro-batch through the real engine on this machine, without a generator or a run folder"
     command.add_argument("--dry-run", action="store_true", help=what)
     command.add_argument("--device", choices=[*DEVICES, "cpu"], help="for --plan (default: what is in this machine)")
+
+
+def add_tables(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`rlpost algorithms` and `rlpost metrics`."""
+    what = "the table of algorithms, or one of them as a section to paste into a recipe"
+    command = commands.add_parser("algorithms", help=what, description=what)
+    command.add_argument("name", nargs="?", type=algorithm_name, metavar="NAME", help="such as dapo")
+    command.set_defaults(run=algorithms)
+    what = "every figure that a run can log: unit, how ranks are merged, meaning, source"
+    commands.add_parser("metrics", help=what, description=what).set_defaults(run=metrics)
 
 
 def add_simulations(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -81,18 +81,26 @@ def make_batch(
         replace(one, weight=weight / one.inclusion, imitation_weight=imitation_weight / one.inclusion)
         for one, weight, imitation_weight in zip(documents, weights, imitation, strict=True)
     ]
-    cell_of = cells_of(list(step.group_tokens), cells)
-    parts = [packer.micros([one for one in weighted if cell_of[one.group] == cell]) for cell in range(cells)]
-    micros, of_cell = [micro for part in parts for micro in part], [i for i, part in enumerate(parts) for _ in part]
+    micros, of_cell, prompts = _in_cells(weighted, packer, list(step.group_tokens), cells)
     missing = world.max(len(micros)) - len(micros)
     scores = sorted(set().union(*(names for _, names in every_rank)))
-    tokens = sum(each.tokens for each, _ in every_rank)
     return Batch(
         micros=(*micros, *(packer.empty(scores) for _ in range(missing))),
-        step_tokens=tokens,
+        step_tokens=sum(each.tokens for each, _ in every_rank),
         cells=(*of_cell, *[0] * missing),
-        prompts=tuple(list(cell_of.values()).count(cell) for cell in range(cells)),
+        prompts=prompts,
     )
+
+
+def _in_cells(
+    documents: Sequence[Document], packer: Packer, groups: Sequence[int], cells: int
+) -> tuple[list[Micro], list[int], tuple[int, ...]]:
+    """Micro-batches of one cell after the other, the cell of each, and how many of all ranks' `groups` a cell has."""
+    cell_of = cells_of(groups, cells)
+    parts = [packer.micros([one for one in documents if cell_of[one.group] == cell]) for cell in range(cells)]
+    of_cell = [cell for cell, part in enumerate(parts) for _ in part]
+    prompts = tuple(list(cell_of.values()).count(cell) for cell in range(cells))
+    return [micro for part in parts for micro in part], of_cell, prompts
 
 
 @dataclass(frozen=True, slots=True)

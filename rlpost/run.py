@@ -132,7 +132,6 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
         model = base_model(recipe, world) if recipe.sft else start
     engine, reference, critic = make_engines(recipe, model, world)
     accounts = make_accounts(recipe, engine, critic, by_document=uses_flash_attention(recipe.model))
-    generator = make_generator(recipe, model, renderer, train_tasks[0], engine)
     return Run(
         recipe=recipe,
         world=world,
@@ -141,7 +140,7 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
         clock=clock,
         curriculum=curriculum,
         renderer=renderer,
-        generator=Counted(generator, accounts, clock),
+        generator=Counted(make_generator(recipe, model, renderer, train_tasks[0], engine), accounts, clock),
         sampling=sampling,
         rewards=rewards,
         explorers=make_explorers(recipe, renderer, sampling),

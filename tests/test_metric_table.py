@@ -26,6 +26,8 @@ def unsure(rollout):
     return 0.5 if len(rollout.token_ids) < 3 else None
 '''
 COIN = "rewards=[{use: 'mylab.coins:coin'}, {use: 'mylab.coins:unsure', weight: 0.1}]"
+SEVENS = "rewards=[{use: 'mylab.rewards:sevens'}]"
+"""Rewards that differ though nothing passes, so that hints are asked for and what they bring is trained."""
 HINTS = (
     "{source: solution, levels: [0.5, -1], unit: steps, separator: ';', template: '{hint}#{prompt}', use: guide, n: 2}"
 )
@@ -47,10 +49,9 @@ RUNS = {
     ],
     "ppo": [COIN, "algorithm.name=ppo", "steps=1", "algorithm.minibatches=2"],
     "kimi": [COIN, "algorithm.name=kimi_k15", "steps=1", "algorithm.interruption={text: ';', answer_tokens: 4}"],
-    "guide": [*LONG, "algorithm.name=guide_grpo", f"explore=[{HINTS}]", "steps=1"],
+    "guide": [*LONG, "algorithm.name=guide_grpo", f"explore=[{HINTS}]", "steps=2", SEVENS],
     "own": ["algorithm.loss={use: 'mylab.losses:length_mean'}", "steps=1"],
     "wide": ["algorithm.name=brorl", "explore.0.width=8", "explore.0.chunk=2", "steps=1"],
-    "guided": [*LONG, "algorithm.name=guide_ppo", f"explore=[{HINTS}]", "steps=1"],
     "luffy": [*LONG, "algorithm.name=luffy", "steps=1"],
 }
 
