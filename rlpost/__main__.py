@@ -77,10 +77,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint", type=Path, help="another than the newest, such as RUN/checkpoints/step-000010")
     command.set_defaults(run=export)
     add_hints(commands)
-    what = "the table of algorithms, or one of them as a section to paste into a recipe"
-    command = commands.add_parser("algorithms", help=what, description=what)
-    command.add_argument("name", nargs="?", type=algorithm_name, metavar="NAME", help="such as dapo")
-    command.set_defaults(run=algorithms)
+    add_tables(commands)
     add_simulations(commands)
     add_scaling(commands)
     return top
@@ -109,6 +106,16 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     what = "push the worst micro-batch through the real engine on this machine, without a generator or a run folder"
     command.add_argument("--dry-run", action="store_true", help=what)
     command.add_argument("--device", choices=[*DEVICES, "cpu"], help="for --plan (default: what is in this machine)")
+
+
+def add_tables(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`rlpost algorithms` and `rlpost metrics`."""
+    what = "the table of algorithms, or one of them as a section to paste into a recipe"
+    command = commands.add_parser("algorithms", help=what, description=what)
+    command.add_argument("name", nargs="?", type=algorithm_name, metavar="NAME", help="such as dapo")
+    command.set_defaults(run=algorithms)
+    what = "every figure that a run can log: unit, how ranks are merged, meaning, source"
+    commands.add_parser("metrics", help=what, description=what).set_defaults(run=metrics)
 
 
 def add_simulations(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -286,6 +293,13 @@ def algorithms(options: argparse.Namespace) -> None:
         print_catalogue()
     else:
         print(section(options.name), end="")
+
+
+def metrics(_: argparse.Namespace) -> None:
+    """`rlpost metrics`."""
+    from rlpost.catalogue import print_metrics
+
+    print_metrics()
 
 
 def simulate_brorl(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlpost.aggregation import Aggregation, StepCounts, count, sum_counts, token_weights
 from rlpost.balance import balanced, cost
 from rlpost.document import Document, block_length, places, span
+from rlpost.noise_scale import cells_of
 from rlpost.packing import Block, Packer, with_documents
 from rlpost.types import Batch, Group, Micro, Rollout
 from rlpost.world import Ranks
@@ -55,12 +56,15 @@ def make_batch(
     world: Ranks,
     aggregation: Aggregation = "token_mean",
     max_tokens: int = 1,
+    *,
+    cells: int = 1,
 ) -> Batch:
     """One optimizer step from this rank's documents: weights over all ranks, and as many micro-batches on each.
 
     Documents with no trained token are left out, and some move to ranks with less to do. Those that sampling left out
     (`inclusion` 0) are in the denominators, and the others weigh 1 / inclusion: the gradient's mean over samples is
-    that of all. `max_tokens` is the constant of `seq_sum_const`.
+    that of all. `max_tokens` is the constant of `seq_sum_const`. With `cells`, prompts are dealt to so many, and no
+    micro-batch has documents of two (`noise_scale.py`).
     """
     documents, _ = packer.columns.together([document for document in documents if document.num_trained])
     world = packer.columns.groups(world)
@@ -73,16 +77,30 @@ def make_batch(
     imitated = [length * document.correct for length, document in zip(lengths, documents, strict=True)]
     weights = token_weights(aggregation, lengths, groups, step, max_tokens=max_tokens)
     imitation = token_weights("token_mean", imitated, groups, correct, max_tokens=1)
-    micros = packer.micros(
-        [
-            replace(one, weight=weight / one.inclusion, imitation_weight=imitation_weight / one.inclusion)
-            for one, weight, imitation_weight in zip(documents, weights, imitation, strict=True)
-        ]
-    )
+    weighted = [
+        replace(one, weight=weight / one.inclusion, imitation_weight=imitation_weight / one.inclusion)
+        for one, weight, imitation_weight in zip(documents, weights, imitation, strict=True)
+    ]
+    micros, of_cell, prompts = _in_cells(weighted, packer, list(step.group_tokens), cells)
     missing = world.max(len(micros)) - len(micros)
     scores = sorted(set().union(*(names for _, names in every_rank)))
-    tokens = sum(each.tokens for each, _ in every_rank)
-    return Batch(micros=(*micros, *(packer.empty(scores) for _ in range(missing))), step_tokens=tokens)
+    return Batch(
+        micros=(*micros, *(packer.empty(scores) for _ in range(missing))),
+        step_tokens=sum(each.tokens for each, _ in every_rank),
+        cells=(*of_cell, *[0] * missing),
+        prompts=prompts,
+    )
+
+
+def _in_cells(
+    documents: Sequence[Document], packer: Packer, groups: Sequence[int], cells: int
+) -> tuple[list[Micro], list[int], tuple[int, ...]]:
+    """Micro-batches of one cell after the other, the cell of each, and how many of all ranks' `groups` a cell has."""
+    cell_of = cells_of(groups, cells)
+    parts = [packer.micros([one for one in documents if cell_of[one.group] == cell]) for cell in range(cells)]
+    of_cell = [cell for cell, part in enumerate(parts) for _ in part]
+    prompts = tuple(list(cell_of.values()).count(cell) for cell in range(cells))
+    return [micro for part in parts for micro in part], of_cell, prompts
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from rlpost.algorithms import (
     Piece,
     with_bundle,
 )
+from rlpost.metrics import METRICS
 
 DEFAULT_CURRICULUM = "uniform"
 WIDTH = 100
@@ -54,6 +55,16 @@ def print_catalogue(console: Console | None = None) -> None:
             table.add_row(Text(name), Text(piece.summary), Text(_parameters(piece)))
         console.print(table)
     console.print(Text("\nrlpost algorithms NAME prints one of the first table as a section for a recipe."))
+
+
+def print_metrics(console: Console | None = None) -> None:
+    """Every figure that a run can log: `*` stands for the part of a name that only the run knows."""
+    console = console or Console()
+    table = _table("figure", "unit", "over ranks", "what it says")
+    for name, info in METRICS.items():
+        says = f"{info.meaning}\n{info.source}" if info.source else info.meaning
+        table.add_row(Text(name), Text(info.unit), Text(info.reduction), Text(says))
+    console.print(table)
 
 
 def section(name: str) -> str:

@@ -46,6 +46,12 @@ def find_device(name: str | None, dtype: str, *, ranks: int) -> Device:
     return DEVICES[chosen] if chosen in DEVICES else _measured_cpu(dtype, ranks)
 
 
+def peak_here(dtype: str) -> float | None:
+    """FLOP/s of this process's GPU at its best, where the table knows it."""
+    found = _gpu_here()
+    return None if found is None else DEVICES[found].rate[dtype]
+
+
 def multiplies_bfloat16() -> bool:
     """Whether matrix products in bfloat16 have instructions of their own here: on GPUs, and on some CPUs."""
     import torch

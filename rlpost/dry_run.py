@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from rlpost.batch import make_batch, with_scores
+from rlpost.clock import Clock
 from rlpost.critic import Critic
 from rlpost.devices import GIB, find_device
 from rlpost.document import Document
 from rlpost.engine import Engine, Reference
 from rlpost.errors import RunError
-from rlpost.metrics import Clock, Metrics
+from rlpost.metrics import Metrics
 from rlpost.model_shape import model_config
 from rlpost.model_source import context_length, model_folder, text_config
 from rlpost.objective import Objective

@@ -38,7 +38,11 @@ class Evaluator:
     interruption: Interruption = field(default_factory=Interruption)
 
     def __call__(self, generator: Generator, engine: Engine) -> dict[str, float]:
-        """Sample `n` answers a problem from the engine's policy, and say how many are right.
+        """Sample `n` answers a problem from the engine's policy, and say how many are right."""
+        return tabulate(self.rows(generator, engine), self.recipe.n)
+
+    def rows(self, generator: Generator, engine: Engine) -> list[dict[str, Any]]:
+        """How it went with each problem, of all ranks, in their order.
 
         The same problems get the same seeds at every call, so that two evaluations differ by the policy alone.
         """
@@ -55,8 +59,7 @@ class Evaluator:
                 interruption=self.interruption,
             )
         score(groups, self.rewards)
-        rows = [row for rows in self.world.all_gather_object([self._row(group) for group in groups]) for row in rows]
-        return tabulate(rows, self.recipe.n)
+        return [row for rows in self.world.all_gather_object([self._row(group) for group in groups]) for row in rows]
 
     def _row(self, group: Group) -> dict[str, Any]:
         level = group.task.extra.get(self.recipe.by) if self.recipe.by else None
@@ -76,6 +79,9 @@ def tabulate(rows: Sequence[dict[str, Any]], n: int) -> dict[str, float]:
     result: dict[str, float] = {
         f"pass@{k}": sum(pass_at_k(n, row["correct"], k) for row in rows) / len(rows) for k in powers
     }
+    result["loss"] = 1 - result["pass@1"]
+    if result[f"pass@{powers[-1]}"] and len(powers) > 1:
+        result["concentration"] = result["pass@1"] / result[f"pass@{powers[-1]}"]
     result["length_mean"] = sum(row["tokens"] for row in rows) / (n * len(rows))
     result["truncated_frac"] = sum(row["truncated"] for row in rows) / (n * len(rows))
     result["num_problems"] = len(rows)
@@ -85,6 +91,17 @@ def tabulate(rows: Sequence[dict[str, Any]], n: int) -> dict[str, float]:
         values = [row["correct"] / n for row in rows if row["level"] == level]
         result[f"pass@1/{level}"] = sum(values) / len(values)
     return result
+
+
+def against_first(rows: Sequence[dict[str, Any]], first: Sequence[int]) -> dict[str, float]:
+    """Problems solved at least once now and never at the first evaluation, and the reverse, as shares of all.
+
+    >>> against_first([{"correct": 2}, {"correct": 0}, {"correct": 1}, {"correct": 0}], [0, 3, 1, 0])
+    {'gained_frac': 0.25, 'lost_frac': 0.25}
+    """
+    pairs = [(row["correct"] > 0, before > 0) for row, before in zip(rows, first, strict=True)]
+    gained, lost = sum(now > then for now, then in pairs), sum(now < then for now, then in pairs)
+    return {"gained_frac": gained / len(pairs), "lost_frac": lost / len(pairs)}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

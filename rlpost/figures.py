@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import torch
@@ -30,6 +31,9 @@ def log_rollouts(run: Run, step: int, groups: list[Group], kept: list[Group], wa
     chosen = {id(rollout) for rollout in trained}
     generated = [rollout for group in groups for rollout in (*group.rollouts, *group.left_out)]
     thrown_away = [one for one in generated if one.role != "expert" and id(one) not in chosen]
+    alone = [rollout for group in groups for rollout in group.by_policy]
+    metrics.quantiles("rollouts/length", [len(rollout.token_ids) for rollout in alone])
+    metrics.std("reward/std_all", [rollout.reward for rollout in alone if rollout.reward is not None])
     metrics.sum("groups/num", len(groups))
     metrics.sum("groups/trained", len(kept))
     metrics.sum("rollouts/discarded", len(thrown_away))
@@ -47,6 +51,9 @@ def _log_group(metrics: Metrics, group: Group) -> None:
     if len(judged) > 1:
         metrics.mean("reward/std", float(torch.tensor(judged, dtype=torch.float64).std()))
     passed = [rollout.passed for rollout in alone if rollout.passed is not None]
+    if passed:
+        metrics.mean("groups/all_solved_frac", float(not group.has_spread and all(passed)))
+        metrics.mean("groups/none_solved_frac", float(not group.has_spread and not any(passed)))
     for i in range(len(passed).bit_length()):
         metrics.mean(f"rollouts/pass@{1 << i}", pass_at_k(len(passed), sum(passed), 1 << i))
     if len(passed) > 1:
@@ -113,9 +120,29 @@ def log_step(run: Run, step: int) -> dict[str, float]:
             metrics.last(name, value)
         for name, value in run.explorers.metrics().items():
             metrics.add(f"explore/{name}", value)
+        for name, value in (run.noise.figures() | (run.frontier.figures() if run.world.is_main else {})).items():
+            metrics.add(name, value)
+        run.accounts.log(metrics)
     for name, value in run.clock.lap().items():
         (metrics.max if name.startswith("memory/") else metrics.mean)(name, value)
     with run.clock("log"):
         figures = metrics.reduce()
+        figures |= followed(run, figures) | run.accounts.close_step(figures)
         run.trackers.log(step, figures)
     return figures
+
+
+def followed(run: Run, figures: Mapping[str, float]) -> dict[str, float]:
+    """What follows from the merged figures of a step."""
+    found: dict[str, float] = {}
+    powers = [int(name.partition("@")[2]) for name in figures if name.startswith("rollouts/pass@")]
+    if powers:
+        found["rollouts/loss"] = 1 - figures["rollouts/pass@1"]
+        best = figures[f"rollouts/pass@{max(powers)}"]
+        if best and max(powers) > 1:
+            found["capability/concentration"] = figures["rollouts/pass@1"] / best
+        if (entropy := figures.get("policy/entropy")) is not None and math.isfinite(entropy):
+            run.law.observe(entropy=entropy, success=figures["rollouts/pass@1"])
+    if "policy/kl_ref" in figures and not run.objective.num_resets:
+        found["policy/kl_start"] = figures["policy/kl_ref"]
+    return found | run.law.figures()

@@ -97,6 +97,80 @@ def backward_flops(
     return whole
 
 
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a pass of one real model costs, by the layers that it has: adapters beside frozen weights too.
+
+    A linear layer takes 2 FLOPs a weight and position forward, as many backward where its input has a gradient (`dx`),
+    and again where it is trained (`dw`).
+
+    >>> costs = Costs(weights=10, dx=10, dw=10, pair=4, head=5)
+    >>> costs.forward(positions=3, pairs=2, logits=1), costs.needed(positions=3, pairs=2, logits=1)
+    (78, 234)
+    """
+
+    weights: int
+    """Of the linear layers below the head, as many as are multiplied by."""
+    dx: int
+    dw: int
+    pair: int
+    """FLOPs of a pair over all layers, 4 L H d."""
+    head: int
+    """Weights of the language-model head; 0 where there is none."""
+    head_trained: bool = True
+    fused_attention: bool = False
+    checkpointed: bool = False
+    non_embedding: int = 0
+    """Parameters without embedding, head and adapters: the N of 6 N T."""
+
+    @classmethod
+    def of(cls, shape: Shape, *, fused_attention: bool = False, checkpointed: bool = False) -> Costs:
+        """Those of a model of this shape, all of it trained."""
+        weights = shape.attention_weights + shape.mlp_weights
+        return cls(
+            weights=weights,
+            dx=weights,
+            dw=weights,
+            pair=_attention(shape, 1),
+            head=shape.head_weights,
+            fused_attention=fused_attention,
+            checkpointed=checkpointed,
+            non_embedding=weights,
+        )
+
+    def forward(self, *, positions: int, pairs: int, logits: int) -> int:
+        """A forward pass."""
+        return 2 * self.weights * positions + self.pair * pairs + 2 * self.head * logits
+
+    def backward(self, *, positions: int, pairs: int, logits: int) -> int:
+        """A backward pass as it runs: attention and layers again where they are computed anew, logits always."""
+        again = self.pair * pairs // 2 if self.fused_attention else 0
+        if self.checkpointed:
+            again += 2 * self.weights * positions + self.pair * pairs
+        return again + 2 * self.head * logits + self._gradients(positions, pairs, logits)
+
+    def needed(self, *, positions: int, pairs: int, logits: int) -> int:
+        """Forward and backward with nothing computed twice: what a utilisation counts (PaLM, arXiv:2204.02311)."""
+        sizes = {"positions": positions, "pairs": pairs, "logits": logits}
+        return self.forward(**sizes) + self._gradients(positions, pairs, logits)
+
+    def generation(self, *, prompt: int, completions: Sequence[int], block: int) -> int:
+        """The answers to one prompt, of which each but the first finds whole blocks of `block` tokens computed.
+
+        The last token of a prompt is computed for every answer; block 0: nothing is found again.
+        """
+        total = 0
+        for i, completion in enumerate(completions):
+            found = (prompt - 1) // block * block if block and i else 0
+            pairs = causal_pairs([prompt + completion - 1]) - causal_pairs([found])
+            total += self.forward(positions=prompt + completion - 1 - found, pairs=pairs, logits=completion)
+        return total
+
+    def _gradients(self, positions: int, pairs: int, logits: int) -> int:
+        head = self.head * (2 if self.head_trained else 1)
+        return 2 * (self.dx + self.dw) * positions + 2 * self.pair * pairs + 2 * head * logits
+
+
 def prefill_flops(shape: Shape, *, prompt: int) -> int:
     """Forward over a prompt, with logits at its end."""
     return forward_flops(shape, positions=prompt, pairs=causal_pairs([prompt]), logits=1)

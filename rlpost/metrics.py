@@ -1,4 +1,4 @@
-"""What a run measures: every figure declared once with its unit and reduction, and the clock.
+"""What a run measures: every figure declared once with its unit and reduction.
 
 Suffixes: `B` rows of a micro-batch, `T` positions of a row.
 """
@@ -6,36 +6,40 @@ Suffixes: `B` rows of a micro-batch, `T` positions of a row.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
-
-from rlpost.peak import Gauge, fullest
+from statistics import pstdev
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rlpost.world import World
 
-Reduction = Literal["mean", "sum", "max", "last"]
+Reduction = Literal["mean", "sum", "max", "last", "std", "quantile"]
+QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 @dataclass(frozen=True, slots=True)
 class MetricInfo:
-    """What one figure is: `mean` is weighted, `last` is a figure that is the same on every rank."""
+    """What one figure is: `mean` is weighted, `last` is a figure that is the same on every rank.
+
+    `std` and `quantile` are of the values of all ranks together.
+    """
 
     unit: str
     reduction: Reduction
     meaning: str
+    source: str = ""
+    """The paper, with its equation, that the figure comes from."""
 
 
 METRICS: dict[str, MetricInfo] = {
     "reward/mean": MetricInfo("reward", "mean", "weighted sum of the reward's parts, over judged rollouts"),
     "reward/std": MetricInfo("reward", "mean", "standard deviation inside a group, over groups"),
+    "reward/std_all": MetricInfo("reward", "std", "standard deviation over all judged rollouts of the step"),
     "reward/solved_frac": MetricInfo("fraction", "mean", "rollouts with the full reward"),
     "reward/length_bonus": MetricInfo("reward", "mean", "what the algorithm added for an answer's length"),
     "reward/unjudged/*": MetricInfo("rollouts", "sum", "rollouts that this part could not judge"),
@@ -44,6 +48,8 @@ METRICS: dict[str, MetricInfo] = {
     "groups/trained": MetricInfo("groups", "sum", "groups that the step trains on"),
     "groups/waves": MetricInfo("waves", "last", "waves of generation in the step"),
     "groups/spread_frac": MetricInfo("fraction", "mean", "groups whose rewards are not all equal"),
+    "groups/all_solved_frac": MetricInfo("fraction", "mean", "groups without spread in which every answer passed"),
+    "groups/none_solved_frac": MetricInfo("fraction", "mean", "groups without spread in which no answer passed"),
     "rollouts/num": MetricInfo("rollouts", "sum", "rollouts generated"),
     "rollouts/interrupted": MetricInfo("rollouts", "sum", "rollouts whose thinking the run ended"),
     "rollouts/discarded": MetricInfo("rollouts", "sum", "rollouts generated and not trained on"),
@@ -51,10 +57,10 @@ METRICS: dict[str, MetricInfo] = {
     "rollouts/truncated_frac": MetricInfo("fraction", "mean", "rollouts that ran into the length limit"),
     "rollouts/length_mean": MetricInfo("tokens", "mean", "tokens of a completion"),
     "rollouts/length_max": MetricInfo("tokens", "max", "tokens of the longest completion"),
+    "rollouts/length_p*": MetricInfo("tokens", "quantile", "completion that this share of all is no longer than"),
+    "rollouts/loss": MetricInfo("fraction", "last", "1 - pass@1 of the training prompts", "arXiv:2509.25300"),
     "rollouts/pass@*": MetricInfo(
-        "fraction",
-        "mean",
-        "unbiased pass@k without help, over prompts that got k answers",
+        "fraction", "mean", "unbiased pass@k without help, over prompts that got k answers", "arXiv:2107.03374, eq. 1"
     ),
     "explore/waves": MetricInfo("waves", "max", "waves that explorers asked for beyond the first, most of a step's"),
     "explore/rollouts": MetricInfo("rollouts", "sum", "rollouts that explorers asked for"),
@@ -74,18 +80,69 @@ METRICS: dict[str, MetricInfo] = {
     "expert/num": MetricInfo("rollouts", "sum", "answers of an expert"),
     "expert/solved_frac": MetricInfo("fraction", "mean", "answers of an expert that passed"),
     "mass/*": MetricInfo(
-        "1", "mean", "term of BroRL's mass balance (`mass_balance.py`), over groups; or shared states"
+        "1",
+        "mean",
+        "term of BroRL's mass balance (`mass_balance.py`), over groups; or shared states",
+        "arXiv:2510.01180, theorem 1",
     ),
+    "capability/revisited": MetricInfo("tasks", "sum", "tasks of the step that had been tried in an earlier one"),
+    "capability/gain": MetricInfo("fraction", "mean", "over those: pass rate now of tasks never solved before, else 0"),
+    "capability/sharpening": MetricInfo(
+        "fraction", "mean", "over those: change of the pass rate of tasks solved before, else 0"
+    ),
+    "capability/lost_frac": MetricInfo("fraction", "mean", "of those: solved before, and failed in every try now"),
+    "capability/ever_solved_frac": MetricInfo("fraction", "mean", "of all tasks tried so far"),
+    "capability/concentration": MetricInfo(
+        "fraction", "last", "pass@1 / pass@k, k the largest: 1 where what can be solved is always solved"
+    ),
+    "law/slope": MetricInfo(
+        "1", "last", "a of pass@1 = b - a exp(entropy), least squares over the run's steps", "arXiv:2505.22617"
+    ),
+    "law/intercept": MetricInfo("fraction", "last", "b of it", "arXiv:2505.22617"),
+    "law/ceiling": MetricInfo("fraction", "last", "b - a: pass@1 once no entropy is left", "arXiv:2505.22617"),
+    "law/r2": MetricInfo("fraction", "last", "share of the variance of pass@1 that the law explains"),
+    "tokens/prompt": MetricInfo("tokens", "sum", "prompts given to the generator, once for all answers of a request"),
     "tokens/generated": MetricInfo("tokens", "sum", "completion tokens of all rollouts"),
     "tokens/measured": MetricInfo("tokens", "sum", "completion tokens of measured rollouts"),
     "tokens/discarded": MetricInfo("tokens", "sum", "completion tokens generated and not trained on"),
     "tokens/trained": MetricInfo("tokens", "sum", "tokens under the loss, each epoch counted"),
+    "tokens/processed": MetricInfo(
+        "tokens", "sum", "prompt and completion tokens of what is trained, each epoch counted", "arXiv:2509.25300: T"
+    ),
+    "tokens/evaluated": MetricInfo("tokens", "sum", "completion tokens of a held-out evaluation"),
+    "flops/generate": MetricInfo(
+        "FLOPs", "sum", "rollouts: prompts found in the cache are not counted again; no drafts of speculative decoding"
+    ),
+    "flops/measure": MetricInfo("FLOPs", "sum", "answers that the curriculum asked for"),
+    "flops/evaluate": MetricInfo("FLOPs", "sum", "answers of a held-out evaluation"),
+    "flops/prox": MetricInfo("FLOPs", "sum", "the policy's log-probs before the step's first update"),
+    "flops/reference": MetricInfo("FLOPs", "sum", "the reference's log-probs"),
+    "flops/critic": MetricInfo("FLOPs", "sum", "the critic's values and its training"),
+    "flops/train": MetricInfo("FLOPs", "sum", "the policy's training as it runs: masked pairs, what is computed twice"),
+    "flops/total": MetricInfo("FLOPs", "last", "all of the step; what is not a matrix product is not counted"),
+    "flops/needed_*": MetricInfo(
+        "FLOPs", "sum", "training, generation: no masked pairs, nothing twice", "PaLM, arXiv:2204.02311, appendix B"
+    ),
+    "flops/six_nt": MetricInfo(
+        "FLOPs", "last", "6 x parameters without embedding x tokens/processed", "arXiv:2509.25300"
+    ),
+    "mfu/*": MetricInfo(
+        "fraction", "last", "needed FLOPs of the phase over peak x seconds", "PaLM, arXiv:2204.02311, appendix B"
+    ),
+    "energy/*_j": MetricInfo("J", "sum", "what GPUs (NVML) or processors (RAPL) took since the step before"),
+    "total/tokens/*": MetricInfo("tokens", "last", "since the run began; as of each of the following"),
+    "total/flops/*": MetricInfo("FLOPs", "last", "since the run began"),
+    "total/energy/*": MetricInfo("J", "last", "since the run began"),
+    "total/rollouts/*": MetricInfo("rollouts", "last", "since the run began"),
+    "total/groups/*": MetricInfo("groups", "last", "since the run began"),
+    "total/device_s*": MetricInfo("s", "last", "seconds x ranks since the run began, in all and by phase"),
     "policy/loss": MetricInfo("nats", "mean", "loss of a trained token; here and below, of one that the policy wrote"),
     "policy/entropy": MetricInfo("nats", "mean", "entropy of the policy at a trained token"),
     "policy/ratio_mean": MetricInfo("ratio", "mean", "policy over behaviour probability of a trained token"),
     "policy/ratio_max": MetricInfo("ratio", "max", "largest policy over behaviour probability"),
     "policy/clipped_frac": MetricInfo("fraction", "mean", "trained tokens whose gradient the clip removed"),
     "policy/kl_ref": MetricInfo("nats", "mean", "estimated KL(policy || reference) of a trained token"),
+    "policy/kl_start": MetricInfo("nats", "last", "the same to the policy of the start, while that is the reference"),
     "policy/kl_coef": MetricInfo("1", "last", "coefficient of the KL in this step"),
     "policy/entropy_coef": MetricInfo("1", "last", "coefficient of the entropy bonus in this step; 0 while it is off"),
     "policy/ref_resets": MetricInfo("resets", "last", "times the reference has become a copy of the policy"),
@@ -101,9 +158,22 @@ METRICS: dict[str, MetricInfo] = {
     "mismatch/*_frac": MetricInfo("fraction", "last", "effective sample size, or weights that are not the ratio"),
     "mismatch/*": MetricInfo("nats", "last", "|trainer - generator| log-prob before the first update, by age as well"),
     "optim/grad_norm": MetricInfo("norm", "mean", "norm of the gradient before clipping, over optimizer steps"),
+    "noise/prompts": MetricInfo("prompts", "last", "in the optimizer step that was measured, over all ranks"),
+    "noise/grad_sq": MetricInfo(
+        "norm^2", "last", "unbiased |G|^2 of the true gradient; may be negative", "arXiv:1812.06162, appendix A"
+    ),
+    "noise/trace": MetricInfo(
+        "norm^2", "last", "unbiased trace of the covariance of a prompt's gradient", "arXiv:1812.06162, appendix A"
+    ),
+    "noise/scale": MetricInfo(
+        "prompts", "last", "gradient noise scale: ratio of moving means of the two", "arXiv:1812.06162, section 2"
+    ),
+    "noise/scale_rollouts": MetricInfo("rollouts", "last", "the same in rollouts of groups of this size"),
+    "noise/step_frac": MetricInfo(
+        "fraction", "last", "1 / (1 + scale / prompts): of the best step's progress", "arXiv:1812.06162, section 2"
+    ),
     "optim/lr": MetricInfo("1", "last", "learning rate of the last optimizer step"),
     "optim/steps": MetricInfo("steps", "last", "optimizer steps since the start of the run"),
-    "optim/skipped_steps": MetricInfo("steps", "last", "optimizer steps skipped for a gradient that is not finite"),
     "sync/seconds": MetricInfo("s", "max", "trainer to generator weights, slowest rank; no waking up, no canary"),
     "sync/bytes": MetricInfo("bytes", "last", "weights handed to each generator"),
     "sync/gb_per_s": MetricInfo("10^9 bytes/s", "mean", "rate of the sync, over ranks"),
@@ -113,14 +183,17 @@ METRICS: dict[str, MetricInfo] = {
     "memory/peak_gib/*": MetricInfo("GiB", "max", "largest memory in use in this phase: a GPU's, or the process's own"),
     "curriculum/*": MetricInfo("1", "last", "what the curriculum reports of itself"),
     "time/*_s": MetricInfo("s", "mean", "seconds of the step in this phase, nested phases taken out, over ranks"),
-    "eval/num": MetricInfo("problems", "sum", "held-out problems"),
-    "eval/*": MetricInfo("fraction", "mean", "held-out figure: pass@k, by level, truncated, or length in tokens"),
-    "sft/loss": MetricInfo("nats", "mean", "cross-entropy of a trained token"),
+    "eval/num_problems": MetricInfo("problems", "last", "held-out problems"),
+    "eval/n": MetricInfo("rollouts", "last", "answers a problem"),
+    "eval/loss": MetricInfo("fraction", "last", "1 - pass@1, held out", "arXiv:2509.25300"),
+    "eval/pass@*": MetricInfo("fraction", "last", "held-out pass@k; pass@1 by level too", "arXiv:2107.03374, eq. 1"),
+    "eval/concentration": MetricInfo("fraction", "last", "held-out pass@1 / pass@k, k the largest"),
+    "eval/gained_frac": MetricInfo("fraction", "last", "problems solved now, not at the first evaluation"),
+    "eval/lost_frac": MetricInfo("fraction", "last", "problems solved at the first evaluation and not now"),
+    "eval/length_mean": MetricInfo("tokens", "last", "tokens of a held-out completion"),
+    "eval/truncated_frac": MetricInfo("fraction", "last", "held-out completions that ran into the length limit"),
 }
 """First match wins; `*` stands for the part of a family's name that only the run knows."""
-
-OUTSIDE_STEP = frozenset({"setup", "sft", "evaluate", "checkpoint"})
-"""Phases of the clock that belong to the run and not to its steps."""
 
 
 @cache
@@ -145,6 +218,7 @@ class Metrics:
         self.world = world
         self._numbers: dict[str, tuple[float, float]] = {}
         self._tensors: dict[str, tuple[Tensor, Tensor]] = {}
+        self._values: dict[str, list[float]] = {}
 
     def mean(self, name: str, value: float, weight: float = 1.0) -> None:
         """Add to a weighted mean: sum(w v) / sum(w)."""
@@ -161,6 +235,14 @@ class Metrics:
     def last(self, name: str, value: float) -> None:
         """Set a figure that is the same on every rank."""
         self._add(name, "last", value, 1.0)
+
+    def std(self, name: str, values: Sequence[float]) -> None:
+        """Add values whose standard deviation is wanted."""
+        self._collect(name, "std", name, values)
+
+    def quantiles(self, family: str, values: Sequence[float]) -> None:
+        """Add values whose quantiles are wanted, as `<family>_p10` and so on."""
+        self._collect(f"{family}_p50", "quantile", family, values)
 
     def add(self, name: str, value: float) -> None:
         """Add to a figure in the way in which it is declared."""
@@ -191,20 +273,30 @@ class Metrics:
     def reduce(self) -> dict[str, float]:
         """Merge over ranks with one collective, and start the next step; a mean or maximum of nothing is left out."""
         merged: dict[str, tuple[float, float]] = {}
-        for one_rank in self.world.all_gather_object(self._local()):
+        values: dict[str, list[float]] = {}
+        for one_rank, own in self.world.all_gather_object((self._local(), self._values)):
+            for name, more in own.items():
+                values.setdefault(name, []).extend(more)
             for name, entry in one_rank.items():
                 merged[name] = _merge(metric_info(name).reduction, merged[name], entry) if name in merged else entry
-        self._numbers, self._tensors = {}, {}
-        return {
+        self._numbers, self._tensors, self._values = {}, {}, {}
+        return _spreads(values) | {
             name: value / weight if metric_info(name).reduction == "mean" else value
             for name, (value, weight) in merged.items()
             if weight
         }
 
-    def _add(self, name: str, reduction: Reduction, value: float, weight: float) -> None:
+    def _collect(self, name: str, reduction: Reduction, family: str, values: Sequence[float]) -> None:
+        self._check(name, reduction)
+        self._values.setdefault(family, []).extend(values)
+
+    def _check(self, name: str, reduction: Reduction) -> None:
         declared = metric_info(name).reduction
         if declared != reduction:
             raise ValueError(f"metric {name!r} is declared as {declared!r} in METRICS and was logged as {reduction!r}")
+
+    def _add(self, name: str, reduction: Reduction, value: float, weight: float) -> None:
+        self._check(name, reduction)
         entry = (float(value), float(weight))
         # On one rank the newest `last` counts; between ranks the lowest rank's does, and they are equal.
         known = name in self._numbers and reduction != "last"
@@ -223,6 +315,19 @@ class Metrics:
         return local
 
 
+def _spreads(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Standard deviations and quantiles of what all ranks brought; of a quantile, the least value that holds it."""
+    found: dict[str, float] = {}
+    for family, numbers in values.items():
+        if family in METRICS and numbers:
+            found[family] = pstdev(numbers)
+        elif numbers:
+            ordered = sorted(numbers)
+            for name, share in QUANTILES.items():
+                found[f"{family}_{name}"] = ordered[math.ceil(share * len(ordered)) - 1]
+    return found
+
+
 def _merge(reduction: Reduction, a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
     if reduction == "last" or not b[1]:
         return a
@@ -230,77 +335,3 @@ def _merge(reduction: Reduction, a: tuple[float, float], b: tuple[float, float])
         largest = math.nan if math.isnan(a[0] + b[0]) else max(a[0], b[0])
         return largest, a[1] + b[1]
     return b if reduction == "max" else (a[0] + b[0], a[1] + b[1])
-
-
-class Clock:
-    """Wall seconds by phase: every moment belongs to exactly one phase, so that phases add up to the step.
-
-    `with clock("generate"):` charges its block to that phase, less what nested phases take; time outside of any phase
-    is `other`. On an accelerator `synchronise` waits for its queue, or one phase would pay for another's kernels.
-    """
-
-    def __init__(
-        self,
-        synchronise: Callable[[], Any] | None = None,
-        now: Callable[[], float] = time.perf_counter,
-        gauge: Gauge | None = None,
-    ) -> None:
-        self.gauge = gauge
-        self.peak_gib: dict[str, float] = {}
-        """Largest memory in use in each phase of this step so far, as the gauge says."""
-        self.total_peak_gib: dict[str, float] = {}
-        """The same of the run, of finished steps."""
-        self.seconds: dict[str, float] = {}
-        """Seconds of this step so far."""
-        self.total: dict[str, float] = {}
-        """Seconds of the run, of finished steps."""
-        self._synchronise = synchronise
-        self._now = now
-        self._phases = ["other"]
-        self._since = now()
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Charge the block to `phase`."""
-        self._charge()
-        self._phases.append(phase)
-        try:
-            yield
-        finally:
-            self._charge()
-            self._phases.pop()
-
-    def lap(self) -> dict[str, float]:
-        """End a step: its seconds as metrics `time/<phase>_s`, and `time/step_s` without the phases outside a step.
-
-        Of memory, `memory/peak_gib/<phase>`, and the largest of all phases as `memory/peak_gib`.
-        """
-        self._charge()
-        for phase, seconds in self.seconds.items():
-            self.total[phase] = self.total.get(phase, 0.0) + seconds
-        lap = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
-        lap["time/step_s"] = sum(seconds for phase, seconds in self.seconds.items() if phase not in OUTSIDE_STEP)
-        self.total_peak_gib = fullest([self.total_peak_gib, self.peak_gib])
-        lap |= {f"memory/peak_gib/{phase}": gib for phase, gib in self.peak_gib.items()}
-        if self.peak_gib:
-            lap["memory/peak_gib"] = max(self.peak_gib.values())
-        self.seconds, self.peak_gib = {}, {}
-        return lap
-
-    def state_dict(self) -> dict[str, Any]:
-        """The run's seconds and peaks up to the last lap."""
-        return {"total": dict(self.total), "peak_gib": dict(self.total_peak_gib)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Count on from a run's earlier part."""
-        self.total = dict(state["total"])
-        self.total_peak_gib = dict(state["peak_gib"])
-
-    def _charge(self) -> None:
-        if self._synchronise is not None:
-            self._synchronise()
-        if self.gauge is not None:
-            self.peak_gib = fullest([self.peak_gib, {self._phases[-1]: self.gauge()}])
-        now = self._now()
-        self.seconds[self._phases[-1]] = self.seconds.get(self._phases[-1], 0.0) + now - self._since
-        self._since = now

@@ -18,6 +18,7 @@ from rlpost.balance import cost
 from rlpost.check_parallel import split_problems
 from rlpost.document import Document, block_length, places, span, values_of
 from rlpost.errors import RunError
+from rlpost.flops import causal_pairs
 from rlpost.recipe import Recipe
 from rlpost.sequence_parallel import WHOLE, Columns, columns_of
 from rlpost.types import Micro
@@ -119,6 +120,8 @@ class _Page:
         self.trained: dict[str, Tensor] = {name: torch.zeros(shape) for name in names}
         self.num_documents = 0
         self.num_prefixes = 0
+        self.num_tokens, self.num_positions, self.num_pairs = 0, 0, 0
+        """As in `Micro`, of documents that have an answer."""
 
     def write(self, b: int, start: int, block: Sequence[Document]) -> None:
         """Write a block into row `b`, from position `start` on."""
@@ -128,6 +131,8 @@ class _Page:
             self.tokens_BT[b, start : start + len(prefix)] = prefix
             self.position_BT[b, start : start + len(prefix)] = torch.arange(len(prefix))
             self.prefix_BT[b, start:end] = self.num_prefixes
+            self.num_positions += len(prefix)
+            self.num_pairs += causal_pairs([len(prefix)])
             self.num_prefixes += 1
         for document, begin, own in places(block, start):
             self._write_document(b, document, begin, own)
@@ -142,6 +147,10 @@ class _Page:
         self.off_policy_BT[b, own:end] = document.off_policy
         self.document_BT[b, own:end] = self.num_documents
         self.num_documents += 1
+        if document.token_ids:
+            self.num_tokens += len(ids)
+            self.num_positions += end - own
+            self.num_pairs += causal_pairs([len(ids)]) - causal_pairs([skipped])
         place, tokens = span(document, begin)
         kept = torch.tensor(document.trained[tokens], dtype=torch.bool)
         self.mask_BT[b, place] = kept
@@ -170,6 +179,10 @@ class _Page:
             prefix_BT=there(self.prefix_BT),
             shares_prompts=self.num_prefixes > 0,
             has_off_policy=bool(self.off_policy_BT.any()),
+            num_trained=int(self.mask_BT.sum()),
+            num_tokens=self.num_tokens,
+            num_positions=self.num_positions,
+            num_pairs=self.num_pairs,
             scores={name: there(self.trained[name]) for name in scores},
         )
 

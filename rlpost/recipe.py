@@ -218,6 +218,8 @@ class Logging:
     """A W&B project; None: not used."""
     samples_per_step: int = 4
     """Rollouts of a step written to `samples.jsonl`, best and worst first; 0: none."""
+    noise_every: int = 10
+    """Steps between measurements of the gradient noise scale; 0: none."""
 
 
 @dataclass

@@ -10,22 +10,29 @@ from typing import Any
 
 import torch
 
+from rlpost.accounts import Accounts, Counted
 from rlpost.checkpoint import Checkpoints, Saves, open_run
+from rlpost.clock import Clock
 from rlpost.critic import Critic, load_value_model
+from rlpost.devices import peak_here
+from rlpost.energy import meter
 from rlpost.engine import Engine, Frozen, Reference, WithoutAdapters
 from rlpost.errors import RunError
 from rlpost.evaluate import Evaluator
 from rlpost.explorers import Explorers
 from rlpost.frontier import Frontier
 from rlpost.generate.base import Canary, Generator, canary_tokens
-from rlpost.metrics import Clock, Metrics
+from rlpost.law import EntropyLaw
+from rlpost.metrics import Metrics
+from rlpost.model_costs import model_costs
 from rlpost.model_source import context_length, model_folder
+from rlpost.noise_scale import NoiseScale
 from rlpost.objective import Objective
 from rlpost.packing import Packer, make_packer
 from rlpost.parking import Parking, park_of
 from rlpost.peak import gauge_of
 from rlpost.plugins import bind
-from rlpost.policy import load_policy
+from rlpost.policy import load_policy, uses_flash_attention
 from rlpost.recipe import Recipe
 from rlpost.render import Renderer, check_lengths, generation_eos_ids, load_tokenizer
 from rlpost.samples import Samples
@@ -62,10 +69,13 @@ class Run:
     objective: Objective
     evaluator: Evaluator | None
     metrics: Metrics
+    accounts: Accounts
+    noise: NoiseScale
     trackers: Trackers
     samples: Samples
     checkpoints: Checkpoints
     frontier: Frontier = field(default_factory=Frontier)
+    law: EntropyLaw = field(default_factory=EntropyLaw)
     start_step: int = 0
     next_group: int = 0
     """The id of the next group to be generated."""
@@ -121,6 +131,7 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
     with clock("sft"):
         model = base_model(recipe, world) if recipe.sft else start
     engine, reference, critic = make_engines(recipe, model, world)
+    accounts = make_accounts(recipe, engine, critic, by_document=uses_flash_attention(recipe.model))
     return Run(
         recipe=recipe,
         world=world,
@@ -129,7 +140,7 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
         clock=clock,
         curriculum=curriculum,
         renderer=renderer,
-        generator=make_generator(recipe, model, renderer, train_tasks[0], engine),
+        generator=Counted(make_generator(recipe, model, renderer, train_tasks[0], engine), accounts, clock),
         sampling=sampling,
         rewards=rewards,
         explorers=make_explorers(recipe, renderer, sampling),
@@ -140,6 +151,8 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
         objective=Objective(recipe.algorithm, world),
         evaluator=evaluator,
         metrics=Metrics(world),
+        accounts=accounts,
+        noise=NoiseScale(world, every=recipe.logging.noise_every, group_size=recipe.sampling.group_size),
         trackers=Trackers(folder, recipe, world),
         samples=Samples(folder, recipe.logging.samples_per_step),
         checkpoints=Checkpoints(folder, world, keep=recipe.keep_checkpoints),
@@ -169,6 +182,9 @@ def _restore(run: Run) -> None:
         run.explorers.load_state_dict(state["explorers"])
         run.frontier.load_state_dict(state["frontier"])
         run.clock.load_state_dict(state["clock"])
+        run.accounts.load_state_dict(state["accounts"])
+        run.noise.load_state_dict(state["noise"])
+        run.law.load_state_dict(state["law"])
         run.evals.update(state["evals"])
         run.start_step = int(state["step"])
     run.trackers.rewind(run.start_step)
@@ -253,6 +269,20 @@ def make_engines(recipe: Recipe, model: Path, world: World) -> tuple[Engine, Ref
     others = [part.shelf for part in (reference, critic) if isinstance(part, Frozen | Critic)]
     trained.parking = Parking(park_of(recipe, on_gpu=world.device.type == "cuda"), trained.shelf, others)
     return trained, reference, critic
+
+
+def make_accounts(recipe: Recipe, engine: Engine, critic: Critic | None, *, by_document: bool) -> Accounts:
+    """The ledger, with what passes of policy and critic cost."""
+    model, world = recipe.model, engine.world
+    return Accounts(
+        model_costs(engine.deepspeed.module.model, model, with_head=True),
+        model_costs(critic.deepspeed.module.model, model, with_head=False) if critic is not None else None,
+        ranks=world.size,
+        by_document=by_document,
+        sharing=recipe.engine.sequence_parallel,
+        peak=peak_here(model.dtype) if world.device.type == "cuda" else None,
+        meter=meter(world.device, local_rank=world.local_rank),
+    )
 
 
 def make_generator(recipe: Recipe, model: Path, renderer: Renderer, first_task: Task, engine: Engine) -> Generator:

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlpost.metrics import OUTSIDE_STEP
+from rlpost.clock import OUTSIDE_STEP
 
 if TYPE_CHECKING:
     from rlpost.recipe import Recipe
@@ -83,10 +83,12 @@ def write_summary(
     phase_s: Mapping[str, float],
     memory: Mapping[str, Any] | None,
     steps: int,
+    totals: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Write `run_dir/summary.json` and return what it says; a figure that is not finite becomes null.
 
-    `memory` is what was measured (`of`) and the largest use in each phase (`peak_gib`, in GiB), if anything was.
+    `totals` is what was spent since the run began (`total/*`), `memory` is what was measured (`of`) and the
+    largest use in each phase (`peak_gib`, in GiB), if anything was.
     """
     summary = {
         "name": recipe.name,
@@ -99,6 +101,7 @@ def write_summary(
         "phase_frac": phase_fractions(phase_s),
         "overhead_frac": overhead_frac(phase_s),
         "memory": memory,
+        "totals": dict(totals or {}),
         "versions": versions(),
         "machine": machine(),
         "git_commit": git_commit(),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from rlpost.credit import credit
 from rlpost.curriculum import corrected
 from rlpost.document import Document
 from rlpost.errors import RunError, SharedError
+from rlpost.evaluate import against_first, tabulate
 from rlpost.peak import fullest
 from rlpost.progress import Progress
 from rlpost.recipe import Recipe
@@ -60,7 +62,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         documents = with_behavior(run, documents)
         run.objective.begin(documents)
     with clock("batch"):
-        batches = make_batches(run, groups, documents)
+        batches = make_batches(run, groups, documents, cells=run.noise.cells(step))
     warming_up = critic is not None and step < (recipe.algorithm.critic.pretrain_steps or 0)
     if recipe.algorithm.fresh_optimizer:
         engine.clear_optimizer()
@@ -73,7 +75,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
                 if not warming_up:
                     measured = engine.updates == version or (epoch == 0 and run.objective.needs_prox)
                     loss = partial(policy_loss, run, version=version, measured=measured)
-                    metrics.mean("optim/grad_norm", update(engine, batch, loss, metrics))
+                    with run.noise.watch(engine.deepspeed.module, batch, loss, first=engine.updates == version) as seen:
+                        metrics.mean("optim/grad_norm", update(engine, batch, seen, metrics))
                     metrics.sum("tokens/trained", batch.step_tokens if run.world.is_main else 0)
                 if critic is not None:
                     loss = partial(value_loss, run)
@@ -93,29 +96,37 @@ def score_documents(run: Run, documents: list[Document]) -> list[Document]:
         found: dict[str, Tensor] = {}
         if scored_by_policy:
             found["prox_logp"], found["entropy"] = engine.token_logp(micro)
+            run.accounts.passed("prox", micro)
         if reference is not None:
             found["ref_logp"] = reference.token_logp(micro)
+            run.accounts.passed("reference", micro)
         if critic is not None:
             found["value"] = critic.values(micro)
+            run.accounts.passed("critic", micro)
         return found
 
     scored = iter(with_scores(chosen, run.packer, run.world, scores))
     return [next(scored) if document.inclusion else document for document in documents]
 
 
-def make_batches(run: Run, groups: list[Group], documents: list[Document]) -> list[Batch]:
-    """The optimizer steps of one batch of rollouts, every token with its advantage and its weight."""
+def make_batches(run: Run, groups: list[Group], documents: list[Document], *, cells: int = 1) -> list[Batch]:
+    """The optimizer steps of one batch of rollouts, every token with its advantage and its weight.
+
+    The first has its prompts in `cells`, for the gradient noise scale.
+    """
     algorithm, weights = run.recipe.algorithm, {reward.name: reward.weight for reward in run.rewards}
     kl_coef, max_tokens = run.objective.kl_coef, algorithm.aggregation_tokens or 1
     credited = credit(groups, documents, algorithm, weights, kl_coef=kl_coef, world=run.world)
     credited = corrected(credited, groups, run.curriculum)
     cut, ids = algorithm.minibatch_rollouts is not None, [group.id for group in groups]
     parts = in_parts(credited, ids, updates_a_step(run.recipe), cut=cut)
-    return [make_batch(part, run.packer, run.world, algorithm.aggregation, max_tokens) for part in parts]
+    how: list[Any] = [run.packer, run.world, algorithm.aggregation, max_tokens]
+    return [make_batch(part, *how, cells=1 if i else cells) for i, part in enumerate(parts)]
 
 
 def policy_loss(run: Run, micro: Micro, *, version: int, measured: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """The policy's share of the step's loss, and per-token figures."""
+    run.accounts.passed("train", micro, trained=True)
     logp_BT, entropy_BT = run.engine.token_logp(micro)
     return run.objective.policy_loss(micro, logp_BT, entropy_BT, version=version, measured=measured)
 
@@ -123,6 +134,7 @@ def policy_loss(run: Run, micro: Micro, *, version: int, measured: bool) -> tupl
 def value_loss(run: Run, micro: Micro) -> tuple[Tensor, dict[str, Tensor]]:
     """The critic's share of the step's loss, and per-token figures."""
     assert run.critic is not None
+    run.accounts.passed("critic", micro, trained=True)
     return run.objective.value_loss(micro, run.critic.values(micro))
 
 
@@ -165,8 +177,11 @@ def evaluate(run: Run, step: int, progress: Progress) -> dict[str, float]:
     """Held-out figures of the policy after `step` steps, logged and returned."""
     assert run.evaluator is not None
     with run.clock("evaluate"):
-        result = run.evaluator(run.generator, run.engine)
-    run.trackers.log(max(step - 1, 0), {f"eval/{name}": value for name, value in result.items()})
+        rows = run.evaluator.rows(run.generator, run.engine)
+        first = run.evals.setdefault("first", [row["correct"] for row in rows])
+        result = tabulate(rows, run.evaluator.recipe.n) | against_first(rows, first)
+        spent = run.accounts.close_evaluation(run.world.all_gather_object(run.accounts.take()))
+    run.trackers.log(max(step - 1, 0), {f"eval/{name}": value for name, value in result.items()} | spent)
     progress.message(
         f"evaluation after {step} steps: pass@1 {result['pass@1']:.3f} on {result['num_problems']:.0f} problems"
     )
@@ -183,6 +198,9 @@ def save(run: Run, step: int) -> None:
             "next_group": run.next_group,
             "objective": run.objective.state_dict(),
             "clock": run.clock.state_dict(),
+            "accounts": run.accounts.state_dict(),
+            "noise": run.noise.state_dict(),
+            "law": run.law.state_dict(),
             "evals": run.evals,
             "model": str(run.model),
         }
@@ -204,6 +222,7 @@ def finish(run: Run, progress: Progress) -> None:
             phase_s=run.clock.total,
             memory={"of": run.clock.gauge.of, "peak_gib": peak_gib} if run.clock.gauge is not None else None,
             steps=run.recipe.steps,
+            totals=run.accounts.totals,
         )
         progress.final(summary)
     run.trackers.close()

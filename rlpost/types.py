@@ -276,6 +276,14 @@ class Micro:
     """Whether any documents share a prompt: attention then follows `prefix_BT` and `document_BT`, not positions."""
     has_off_policy: bool
     """Whether `off_policy_BT` is True anywhere."""
+    num_trained: int
+    """Positions where `mask_BT` is True, counted before the tensors went to a device."""
+    num_tokens: int
+    """Tokens of its documents, each with a prompt of its own; no padding."""
+    num_positions: int
+    """The same with one copy of a prompt that several share."""
+    num_pairs: int
+    """Of those positions, one and another that it may look at."""
     scores: Mapping[str, Tensor]
     """What earlier forward passes said of each trained token `[B, T]`: `prox_logp`, `ref_logp`, `value`, ..."""
 
@@ -292,3 +300,7 @@ class Batch:
     step_tokens: int
     """Trained tokens of the whole optimizer step, over all ranks and micro-batches; those that sampling left out are
     in the weights' denominator and not here."""
+    cells: tuple[int, ...] = ()
+    """Of each micro-batch: it holds prompts of this cell alone. One cell, unless the gradient noise is measured."""
+    prompts: tuple[int, ...] = ()
+    """How many prompts each cell has, over all ranks."""

@@ -108,6 +108,11 @@ class World:
         """The largest of an integer over all ranks."""
         return self._reduce(value, dist.ReduceOp.MAX)
 
+    def add(self, tensor: torch.Tensor) -> None:
+        """Add up a tensor over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
     def _reduce(self, value: int, op: dist.ReduceOp.RedOpType) -> int:
         if self.size == 1:
             return value

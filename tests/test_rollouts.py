@@ -9,10 +9,11 @@ import torch
 
 from rlpost.algorithm_recipe import Algorithm, Groups
 from rlpost.batch import documents_of, make_batch
+from rlpost.clock import Clock
 from rlpost.errors import SharedError
 from rlpost.explorers import Explorers
 from rlpost.frontier import Frontier
-from rlpost.metrics import Clock, Metrics
+from rlpost.metrics import Metrics
 from rlpost.packing import Packer
 from rlpost.recipe import ExploreBudget, Recipe, SamplingRecipe
 from rlpost.rollouts import gather, next_wave

@@ -48,7 +48,15 @@ CANARY_MIN, CANARY_MAX = 16, 64
 class Generator(Protocol):
     """Samples rollouts. `awake` is the sole owner of the generator's weights and memory."""
 
-    report: SyncReport
+    @property
+    def report(self) -> SyncReport:
+        """What the last weight sync moved and what the canary saw."""
+        ...
+
+    @property
+    def prompt_block(self) -> int:
+        """Answers to one prompt find whole blocks of so many of its tokens computed; 0: each computes all of it."""
+        ...
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         """All rollouts of all requests, in the order of requests and n in a row for each."""

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class HfGenerator:
     """A second copy of the model, given the trained weights at every sync, sampling one request at a time."""
 
+    prompt_block = 0
+
     def __init__(self, recipe: Recipe, renderer: Renderer, canary: Canary, world: World) -> None:
         self.renderer, self.canary, self.world = renderer, canary, world
         self.bucket_bytes = recipe.engine.sync_bucket_mib << 20

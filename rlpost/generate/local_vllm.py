@@ -46,6 +46,8 @@ class LocalVllm:
         self._can_sleep = world.device.type == "cuda" and recipe.generator.sleep_level > 0
         self._asleep = False
         self.llm = _start(recipe, folder, renderer.context, world)
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        self.prompt_block = int(cache.block_size) if cache.enable_prefix_caching else 0
         self._sleep()  # until the first `awake` nothing is generated, and the trainer wants its memory back
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
