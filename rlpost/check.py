@@ -37,7 +37,8 @@ _BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
         "algorithm.epochs generator.kv_cache_gib generator.max_num_seqs generator.canary_tolerance engine.lr "
         "engine.eps engine.sequence_parallel engine.sync_bucket_mib batch.micro_tokens batch.row_tokens sft.steps "
         "sft.batch_size sft.lr sft.max_seconds sft.target_loss evaluation.n evaluation.temperature "
-        "evaluation.max_new_tokens",
+        "evaluation.max_new_tokens "
+        "preempt.after_s preempt.budget_s failure.reward_s failure.gradients watchdog.report_s watchdog.stop_s",
     ),
     (
         ">= 0",
@@ -46,7 +47,7 @@ _BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
         "algorithm.kl.reset.patience algorithm.kl.reset.min_gap algorithm.entropy.coef algorithm.entropy.target "
         "algorithm.entropy.delta algorithm.entropy.low algorithm.entropy.high algorithm.imitation_coef "
         "algorithm.critic.pretrain_steps engine.weight_decay engine.warmup_steps engine.grad_clip sft.warmup_steps "
-        "sft.weight_decay evaluation.every logging.samples_per_step",
+        "sft.weight_decay evaluation.every logging.samples_per_step failure.empty_steps",
     ),
     ("in (0, 1)", lambda x: 0 < x < 1, "generator.memory_frac"),
     (

@@ -20,3 +20,7 @@ class RecipeError(RunError):
         self.problems = list(problems)
         count = f"{len(self.problems)} problem{'s' * (len(self.problems) != 1)} in the recipe"
         super().__init__("\n".join([f"{count}:", *(f"  - {problem}" for problem in self.problems)]))
+
+
+class Preempted(SharedError):
+    """The run was asked to leave: every rank raises it at the same place, and a later start goes on from there."""
