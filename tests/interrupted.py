@@ -1,7 +1,7 @@
 """`rlpost` in this process, with a signal to itself at the moment in which a phase of its clock begins.
 
-python interrupted.py LAB NAME PHASE:COUNT:SIGNAL[,PHASE:COUNT:SIGNAL...] ...: for each argument after LAB and NAME a run
-that is interrupted so, started again until it ends, and the exit code of every start as a line of JSON.
+python interrupted.py LAB NAME PHASE:COUNT:SIGNAL[,PHASE:COUNT:SIGNAL...] ...: for each argument after LAB and NAME a
+run that is interrupted so, started again until it ends, and the exit code of every start as a line of JSON.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """A small stand-in for Slurm on one machine: `sbatch`, `srun`, `scontrol` and `scancel` that start real processes.
 
-Called under each of these names. A job is a folder `$STANDIN/JOB` with the pids of its batch shell and of its tasks; every
-"node" is this machine. What it has of Slurm: the options in the script's #SBATCH lines and before its name, a copy of the
-script that runs elsewhere, `--signal=B:`, signals that srun hands on (SIGTERM makes it kill its tasks), the highest exit
-code, `--wait`, and a job that is queued again after `scontrol requeue`, with SLURM_RESTART_COUNT.
+Called under each of these names. A job is a folder `$STANDIN/JOB` with the pids of its batch shell and of its tasks;
+every "node" is this machine. What it has of Slurm: the options in the script's #SBATCH lines and before its name, a
+copy of the script that runs elsewhere, signals to the batch shell alone, signals that srun hands on (SIGTERM makes it
+kill its tasks), the highest exit code, `--wait`, and a job that is queued again after `scontrol requeue`, with
+SLURM_RESTART_COUNT.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def sbatch(words: list[str]) -> int:
         (job / "requeue").unlink(missing_ok=True)
         with open(output, "a" if options.get("open-mode") == "append" else "w") as log:
             process = subprocess.Popen(
-                ["bash", str(job / "slurm_script"), *arguments], env=os.environ | own | restarted, stdout=log, stderr=log
+                ["bash", str(job / "slurm_script"), *arguments],
+                env=os.environ | own | restarted,
+                stdout=log,
+                stderr=log,
             )
             (job / "batch").write_text(str(process.pid))
             code = process.wait()
@@ -101,7 +105,7 @@ def scontrol(words: list[str]) -> int:
 
 
 def scancel(words: list[str]) -> int:
-    """`--signal=NAME` to the tasks; with `--batch`, to the batch shell alone, as `--signal=B:` and the time limit do."""
+    """`--signal=NAME` to the tasks; with `--batch`, to the batch shell alone, as `--signal=B:` does."""
     options, [job] = options_of(words)
     file = HOME / job / ("batch" if "batch" in options else "tasks")
     for pid in file.read_text().split():
