@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlpost.errors import Preempted, RecipeError, RunError
+from rlpost.errors import Preempted, RecipeError, RunError, without_secrets
 from rlpost.preempt import PREEMPTED, preemption
 from rlpost.scaling.options import add_scaling
 
@@ -384,7 +384,7 @@ def tell(message: object, *, every_rank: bool, what: str = "error") -> None:
     if rank == 0 or every_rank:
         where = f" (rank {rank})" if size > 1 and every_rank else ""
         sys.stdout.flush()
-        print(f"{what}{where}: {message}", file=sys.stderr, flush=True)
+        print(f"{what}{where}: {without_secrets(str(message))}", file=sys.stderr, flush=True)
 
 
 def quiet() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from rlpost.check_algorithm import RESET_TRIGGERS, algorithm_problems
 from rlpost.check_explore import explore_problems
 from rlpost.check_parallel import parallel_problems
+from rlpost.check_secrets import secret_problems
 from rlpost.errors import RecipeError
 from rlpost.plugins import bind, did_you_mean
 from rlpost.recipe import Recipe, Sft, read
@@ -104,6 +105,7 @@ def check(recipe: Recipe, world_size: int = 1) -> list[str]:
         *_engine(recipe),
         *parallel_problems(recipe, world_size),
         *_run(recipe),
+        *secret_problems(recipe),
     ]
 
 
