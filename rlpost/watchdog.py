@@ -32,6 +32,8 @@ FAILED = 1
 TICK_S = 1.0
 GRACE_S = 15.0
 """How long a rank may take to end by itself after another has failed."""
+SILENCE_S = 8.0
+"""A rank that writes nothing for so long is called silent; a busy one may need a few seconds to be heard."""
 STORE_WAIT = timedelta(seconds=30)
 GONE = "another rank has ended without a word (killed, or out of memory?): see what torchrun or the kernel says of it"
 
@@ -189,7 +191,7 @@ class Watchdog:
         """Print where every rank is; the lowest rank that can speak does."""
         before = self.notes.beats()
         if self.world.size > 1:
-            self._ended.wait(3 * TICK_S)
+            self._ended.wait(SILENCE_S)
             self._say()
         now = self.notes.beats()
         alive = [one is not None and one != was for one, was in zip(now, before, strict=True)]

@@ -147,9 +147,7 @@ def test_bfloat16_training_keeps_updates_smaller_than_its_rounding(single_rank):
 @pytest.mark.parametrize(
     ("stage", "dtype"),
     [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (2, "bfloat16"), (3, "bfloat16")],
-    [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (2, "bfloat16"), (3, "bfloat16")],
 )
-@pytest.mark.timeout(60)
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(single_rank, stage, dtype):
     engine, other = (make_engine(single_rank, recipe(stage, weight_decay=0.1), dtype=dtype) for _ in range(2))
 

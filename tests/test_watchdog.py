@@ -34,7 +34,7 @@ ACCIDENTS = """
         rank, count, name = os.environ["ACCIDENT"].split(":")
         if (os.environ["RANK"], calls) == (rank, int(count)):
             if name == "SIGSTOP":
-                subprocess.Popen(["sh", "-c", f"sleep 15; kill -CONT {os.getpid()}"])
+                subprocess.Popen(["sh", "-c", f"sleep 45; kill -CONT {os.getpid()}"])
             os.kill(os.getpid(), getattr(signal, name))
         return 0.0
 """
