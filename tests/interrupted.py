@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rlpost.__main__ import main, quiet
-from rlpost.metrics import Clock
+from rlpost.clock import Clock
 from rlpost.preempt import preemption
 from rlpost.world import World
 

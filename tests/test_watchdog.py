@@ -12,10 +12,10 @@ import pytest
 from lab import ROOT, logged, make_lab
 from test_preempt import started
 
+from rlpost.clock import Clock
 from rlpost.cluster_recipe import Preempt
 from rlpost.cluster_recipe import Watchdog as Limits
 from rlpost.errors import RunError
-from rlpost.metrics import Clock
 from rlpost.preempt import PREEMPTED, Preemption
 from rlpost.watchdog import GONE, Watchdog
 
@@ -63,7 +63,7 @@ def in_a_process(body: str, tmp_path: Path, **limits: float):
     import os, signal, threading, time
     from types import SimpleNamespace
     from rlpost.cluster_recipe import Preempt, Watchdog as Limits
-    from rlpost.metrics import Clock
+    from rlpost.clock import Clock
     from rlpost.preempt import preemption
     from rlpost.watchdog import Watchdog
     clock = Clock()
