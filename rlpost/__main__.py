@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -13,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlpost.errors import RecipeError, RunError
+from rlpost.errors import Preempted, RecipeError, RunError, without_secrets
+from rlpost.preempt import PREEMPTED, preemption
 from rlpost.scaling.options import add_scaling
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     from rlpost.world import World
 
 BAD_RECIPE, FAILED, INTERRUPTED = 2, 1, 130
-"""Exit codes."""
+"""Exit codes, beside PREEMPTED."""
+GO_ON = "go on from the last checkpoint with resume=auto"
 
 
 SLOW_BFLOAT16 = (
@@ -43,11 +46,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         tell(error, every_rank=False)
         return BAD_RECIPE
+    except Preempted as error:
+        tell(error, every_rank=False, what="left")
+        return PREEMPTED
     except RunError as error:
         tell(error, every_rank=True)
         return FAILED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or "the files of the run"
+        tell(f"there must be space left for {where} ({error}): make room; {GO_ON}", every_rank=True)
+        return FAILED
     except KeyboardInterrupt:
-        tell("interrupted; go on from the last checkpoint with resume=auto", every_rank=False)
+        tell(f"interrupted; {GO_ON}", every_rank=False)
         return INTERRUPTED
     return 0
 
@@ -153,10 +165,11 @@ def add_difficulty(command: argparse.ArgumentParser) -> None:
 def train(options: argparse.Namespace) -> None:
     """`rlpost train`."""
     recipe = checked(options)
-    from rlpost.train import train as run
-    from rlpost.world import World
+    with preemption.listening():
+        from rlpost.train import train as run
+        from rlpost.world import World
 
-    with_world(lambda world: run(shown(recipe, world), world), World())
+        with_world(lambda world: run(shown(recipe, world), world), World())
 
 
 def sft(options: argparse.Namespace) -> None:
@@ -170,7 +183,8 @@ def sft(options: argparse.Namespace) -> None:
         if world.is_main:
             print(f"model: {folder}")
 
-    with_world(run, World())
+    with preemption.listening():
+        with_world(run, World())
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -364,13 +378,13 @@ def with_world(run: Callable[[World], object], world: World) -> None:
         world.stop()
 
 
-def tell(message: object, *, every_rank: bool) -> None:
+def tell(message: object, *, every_rank: bool, what: str = "error") -> None:
     """Say what went wrong on standard error; what every rank knows is said once."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if rank == 0 or every_rank:
         where = f" (rank {rank})" if size > 1 and every_rank else ""
         sys.stdout.flush()
-        print(f"error{where}: {message}", file=sys.stderr, flush=True)
+        print(f"{what}{where}: {without_secrets(str(message))}", file=sys.stderr, flush=True)
 
 
 def quiet() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from rlpost.check_algorithm import RESET_TRIGGERS, algorithm_problems
 from rlpost.check_explore import explore_problems
 from rlpost.check_parallel import parallel_problems
+from rlpost.check_secrets import secret_problems
 from rlpost.errors import RecipeError
 from rlpost.plugins import bind, did_you_mean
 from rlpost.recipe import Recipe, Sft, read
@@ -37,7 +38,8 @@ _BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
         "algorithm.epochs generator.kv_cache_gib generator.max_num_seqs generator.canary_tolerance engine.lr "
         "engine.eps engine.sequence_parallel engine.sync_bucket_mib batch.micro_tokens batch.row_tokens sft.steps "
         "sft.batch_size sft.lr sft.max_seconds sft.target_loss evaluation.n evaluation.temperature "
-        "evaluation.max_new_tokens",
+        "evaluation.max_new_tokens "
+        "preempt.after_s preempt.budget_s failure.reward_s failure.gradients watchdog.report_s watchdog.stop_s",
     ),
     (
         ">= 0",
@@ -46,7 +48,7 @@ _BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
         "algorithm.kl.reset.patience algorithm.kl.reset.min_gap algorithm.entropy.coef algorithm.entropy.target "
         "algorithm.entropy.delta algorithm.entropy.low algorithm.entropy.high algorithm.imitation_coef "
         "algorithm.critic.pretrain_steps engine.weight_decay engine.warmup_steps engine.grad_clip sft.warmup_steps "
-        "sft.weight_decay evaluation.every logging.samples_per_step",
+        "sft.weight_decay evaluation.every logging.samples_per_step failure.empty_steps",
     ),
     ("in (0, 1)", lambda x: 0 < x < 1, "generator.memory_frac"),
     (
@@ -103,6 +105,7 @@ def check(recipe: Recipe, world_size: int = 1) -> list[str]:
         *_engine(recipe),
         *parallel_problems(recipe, world_size),
         *_run(recipe),
+        *secret_problems(recipe),
     ]
 
 

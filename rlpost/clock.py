@@ -37,6 +37,8 @@ class Clock:
         """Seconds of the run, of finished steps."""
         self._synchronise = synchronise
         self._now = now
+        self.changes = 0
+        """Phases begun and ended so far: a sign of life."""
         self._phases = ["other"]
         self._since = now()
 
@@ -87,6 +89,7 @@ class Clock:
             self._synchronise()
         if self.gauge is not None:
             self.peak_gib = fullest([self.peak_gib, {self._phases[-1]: self.gauge()}])
+        self.changes += 1
         now = self._now()
         self.seconds[self._phases[-1]] = self.seconds.get(self._phases[-1], 0.0) + now - self._since
         self._since = now

@@ -49,6 +49,9 @@ class Trained:
         """Optimizer steps taken: the policy's version."""
         self.lr = 0.0
         """Learning rate of the last optimizer step."""
+        self.skipped = 0
+        """Of these optimizer steps, those without effect because the gradient was not finite; since the start."""
+        self.skipped_in_a_row = 0
         self._norm: float | None = None
         module.to(world.device)
         trained = [param for param in module.parameters() if param.requires_grad]
@@ -81,18 +84,18 @@ class Trained:
         self.deepspeed.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> float:
-        """Take one optimizer step with the gradients since the last, and return their norm before clipping."""
+        """Take one optimizer step with the gradients since the last, and return their norm before clipping.
+
+        A gradient that is not finite changes nothing: no weight, no moment, on any rank.
+        """
         self.lr = float(self.deepspeed.get_lr()[0])
         self.deepspeed.step()
         self.updates += 1
         norm = self._norm if self._norm is not None else self.deepspeed.get_global_grad_norm()
         norm = float(norm) if norm is not None else math.nan
-        if not math.isfinite(norm):
-            raise RunError(
-                f"the gradient must be finite (its norm is {norm} at optimizer step {self.updates}): lower "
-                f"{self.lr_key}, check the rewards for extreme values, and go on from the last checkpoint with "
-                "resume=auto"
-            )
+        finite = math.isfinite(norm)
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         return norm
 
     def clear_optimizer(self) -> None:
@@ -125,6 +128,9 @@ class Trained:
     def _clip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         self._norm = float(torch.nn.utils.clip_grad_norm_(params, self.recipe.grad_clip or math.inf))
+        if not math.isfinite(self._norm):  # as DeepSpeed's other paths do by themselves
+            for param in params:
+                param.grad = None
 
 
 def _keep_trained(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -302,7 +308,7 @@ def deepspeed_config(recipe: EngineRecipe, dtype: str, *, clip: bool, numel: int
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": False},
+        "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "gradient_clipping": recipe.grad_clip if clip else 0.0,
         "steps_per_print": 2**31,

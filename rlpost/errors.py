@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+SECRET = re.compile(r"(sk-|hf_|gh[pousr]_|github_pat_|glpat-|xox[abp]-|AKIA)[A-Za-z0-9_-]{12,}")
+"""What tokens of well-known services look like."""
+
+
+def without_secrets(text: str) -> str:
+    """A message with nothing in it that looks like a token.
+
+    >>> without_secrets("401 for hf_abcdefghijklmnop")
+    '401 for (a secret)'
+    """
+    return SECRET.sub("(a secret)", text)
 
 
 class RunError(Exception):
@@ -20,3 +33,7 @@ class RecipeError(RunError):
         self.problems = list(problems)
         count = f"{len(self.problems)} problem{'s' * (len(self.problems) != 1)} in the recipe"
         super().__init__("\n".join([f"{count}:", *(f"  - {problem}" for problem in self.problems)]))
+
+
+class Preempted(SharedError):
+    """The run was asked to leave: every rank raises it at the same place, and a later start goes on from there."""

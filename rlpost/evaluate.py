@@ -48,17 +48,19 @@ class Evaluator:
         """
         mine = shard(self.tasks, self.world.rank, self.world.size)
         with generator.awake(engine, engine.updates):
-            groups = collect(
-                generator,
-                self.renderer,
-                mine,
-                self.sampling,
-                group_size=self.recipe.n,
-                first_group=0,
-                seed=self.seed + EVAL_SEED_OFFSET,
-                interruption=self.interruption,
+            groups = self.world.together(
+                lambda: collect(
+                    generator,
+                    self.renderer,
+                    mine,
+                    self.sampling,
+                    group_size=self.recipe.n,
+                    first_group=0,
+                    seed=self.seed + EVAL_SEED_OFFSET,
+                    interruption=self.interruption,
+                )
             )
-        score(groups, self.rewards)
+        self.world.together(lambda: score(groups, self.rewards))
         return [row for rows in self.world.all_gather_object([self._row(group) for group in groups]) for row in rows]
 
     def _row(self, group: Group) -> dict[str, Any]:

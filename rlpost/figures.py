@@ -109,6 +109,7 @@ def log_step(run: Run, step: int) -> dict[str, float]:
     with run.clock("log"):
         metrics.last("optim/lr", run.engine.lr)
         metrics.last("optim/steps", run.engine.updates)
+        metrics.last("optim/skipped_steps", run.engine.skipped)
         metrics.max("sync/seconds", report.seconds)
         metrics.last("sync/bytes", report.num_bytes)
         metrics.mean("sync/gb_per_s", report.gb_per_s)

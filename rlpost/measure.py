@@ -25,17 +25,18 @@ def measured_groups(run: Any) -> list[Group] | None:
     recipe, first_group = run.recipe, run.next_group
     run.next_group += len(tasks)
     with run.clock("measure"):
-        groups = collect(
-            run.generator,
-            run.renderer,
-            shard(tasks, run.world.rank, run.world.size),
-            run.sampling,
-            group_size=getattr(run.curriculum, "measure_tries", None) or recipe.sampling.group_size,
-            first_group=first_group,
-            seed=recipe.seed,
-            interruption=recipe.algorithm.interruption,
+        groups = run.world.together(
+            lambda: collect(
+                run.generator,
+                run.renderer,
+                shard(tasks, run.world.rank, run.world.size),
+                run.sampling,
+                group_size=getattr(run.curriculum, "measure_tries", None) or recipe.sampling.group_size,
+                first_group=first_group,
+                seed=recipe.seed,
+                interruption=recipe.algorithm.interruption,
+            )
         )
-        run.world.barrier()
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     run.metrics.sum("rollouts/measured", len(rollouts))
     run.metrics.sum("tokens/measured", sum(len(rollout.token_ids) for rollout in rollouts))

@@ -46,6 +46,7 @@ METRICS: dict[str, MetricInfo] = {
     "reward/*": MetricInfo("reward", "mean", "this part before its weight, over rollouts it could judge"),
     "groups/num": MetricInfo("groups", "sum", "groups generated"),
     "groups/trained": MetricInfo("groups", "sum", "groups that the step trains on"),
+    "groups/missing": MetricInfo("groups", "last", "groups that a step wanted and no wave of it found"),
     "groups/waves": MetricInfo("waves", "last", "waves of generation in the step"),
     "groups/spread_frac": MetricInfo("fraction", "mean", "groups whose rewards are not all equal"),
     "groups/all_solved_frac": MetricInfo("fraction", "mean", "groups without spread in which every answer passed"),
@@ -173,6 +174,7 @@ METRICS: dict[str, MetricInfo] = {
         "fraction", "last", "1 / (1 + scale / prompts): of the best step's progress", "arXiv:1812.06162, section 2"
     ),
     "optim/lr": MetricInfo("1", "last", "learning rate of the last optimizer step"),
+    "optim/skipped_steps": MetricInfo("steps", "last", "optimizer steps without effect: a gradient was not finite"),
     "optim/steps": MetricInfo("steps", "last", "optimizer steps since the start of the run"),
     "sync/seconds": MetricInfo("s", "max", "trainer to generator weights, slowest rank; no waking up, no canary"),
     "sync/bytes": MetricInfo("bytes", "last", "weights handed to each generator"),

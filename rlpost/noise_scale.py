@@ -8,6 +8,7 @@ the size of a gradient: only a random projection of each cell's is kept, and the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -144,6 +145,8 @@ class NoiseScale:
 
     def _note(self, sum_sq: float, cells_sq: float, counts: Sequence[int]) -> None:
         grad_sq, trace = pair_estimate(sum_sq, cells_sq, counts)
+        if not math.isfinite(grad_sq + trace):  # nor is the gradient, with which no step is taken
+            return
         self.grad_sq = DECAY * self.grad_sq + (1 - DECAY) * grad_sq
         self.trace = DECAY * self.trace + (1 - DECAY) * trace
         prompts = sum(counts)

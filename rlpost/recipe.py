@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlpost.algorithm_recipe import Algorithm
 from rlpost.algorithms import ALGORITHMS, with_bundle
+from rlpost.cluster_recipe import Failure, Preempt, Watchdog
 from rlpost.errors import RecipeError
 from rlpost.model_recipe import InitModel, Lora, Model
 from rlpost.plugins import did_you_mean, make_importable
@@ -255,6 +256,9 @@ class Recipe:
     save_every: int = 50
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 2
+    preempt: Preempt = field(default_factory=Preempt)
+    failure: Failure = field(default_factory=Failure)
+    watchdog: Watchdog = field(default_factory=Watchdog)
     resume: str = "never"
     """`never`, `auto` (from the newest whole checkpoint, or the start where there is none), or a checkpoint's path."""
 

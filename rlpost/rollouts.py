@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from rlpost import figures
@@ -42,6 +43,7 @@ def gather(run: Run, step: int) -> list[Group]:
             if not refill or found >= wanted or waves == rule.max_waves:
                 break
             size = next_wave(wanted - found, found / drawn, ranks=world.size, limit=wanted)
+    run.metrics.last("groups/missing", max(wanted - found, 0) if refill else 0)
     if found > wanted:  # the ranks agree on the first so many
         ids = sorted(id for ids in world.all_gather_object([group.id for group in kept]) for id in ids)
         kept = [group for group in kept if group.id <= ids[wanted - 1]]
@@ -63,11 +65,13 @@ def wave(run: Run, step: int, size: int) -> list[Group]:
         how: dict[str, Any] = {"first_group": run.next_group, "seed": recipe.seed}
         group_size, interruption = recipe.sampling.group_size, recipe.algorithm.interruption
         parts = run.generator, run.renderer, mine
-        groups = collect(*parts, run.sampling, group_size=group_size, interruption=interruption, **how)
+        sampled = partial(collect, *parts, run.sampling, group_size=group_size, interruption=interruption, **how)
+        groups = world.together(sampled)  # waiting for the longest answer is generation, on every rank
         greedy = []
         if recipe.algorithm.advantage["use"] == "remax":
-            greedy = collect(*parts, replace(run.sampling, temperature=0.0), group_size=1, **how)
-        world.barrier()  # waiting for the longest answer is generation, on every rank
+            greedy = world.together(
+                lambda: collect(*parts, replace(run.sampling, temperature=0.0), group_size=1, **how)
+            )
     run.next_group += size
     with run.clock("reward"):
         score_together(run, [*groups, *greedy])
@@ -101,7 +105,8 @@ def explore(run: Run, step: int, groups: list[Group]) -> None:
             mine = balanced([(world.rank, one) for one in requests], [float(one.n) for one in requests], world)
         with run.clock("generate"):
             asked = [request for _, request in mine]
-            found = answers(run.generator, run.renderer, asked, run.sampling, run.recipe.algorithm.interruption)
+            parts = run.generator, run.renderer, asked, run.sampling, run.recipe.algorithm.interruption
+            found = world.together(partial(answers, *parts))
             found = sent_home(found, {request.group: home for home, request in mine}, world)
         with run.clock("reward"):
             score_together(run, [Group(-1, one.task, [one]) for one in found])

@@ -13,6 +13,7 @@ import torch
 from rlpost.accounts import Accounts, Counted
 from rlpost.checkpoint import Checkpoints, Saves, open_run
 from rlpost.clock import Clock
+from rlpost.cluster_recipe import Failure
 from rlpost.critic import Critic, load_value_model
 from rlpost.devices import peak_here
 from rlpost.energy import meter
@@ -22,6 +23,7 @@ from rlpost.evaluate import Evaluator
 from rlpost.explorers import Explorers
 from rlpost.frontier import Frontier
 from rlpost.generate.base import Canary, Generator, canary_tokens
+from rlpost.health import Health
 from rlpost.law import EntropyLaw
 from rlpost.metrics import Metrics
 from rlpost.model_costs import model_costs
@@ -83,6 +85,11 @@ class Run:
     """Of the training tasks: what a curriculum may choose from, beside what was added to it."""
     evals: dict[str, Any] = field(default_factory=dict)
     """Held-out figures `before` and `after`."""
+    health: Health = field(default_factory=lambda: Health(Failure()))
+    evaluation_due: bool = False
+    """Whether the evaluation after the newest whole step is still to be done: the run was asked to leave in it."""
+    saved_step: int | None = None
+    """The step that this process saved last."""
 
     @property
     def engines(self) -> Engines:
@@ -108,9 +115,13 @@ class Engines:
             part.load(folder)
 
 
-def build(recipe: Recipe, world: World) -> Run:
+def clock_of(world: World) -> Clock:
+    """A clock for this rank's device."""
+    return Clock(torch.cuda.synchronize if world.device.type == "cuda" else None, gauge=gauge_of(world.device))
+
+
+def build(recipe: Recipe, world: World, clock: Clock) -> Run:
     """Make every part, and go on from a checkpoint where the recipe asks for it."""
-    clock = Clock(torch.cuda.synchronize if world.device.type == "cuda" else None, gauge=gauge_of(world.device))
     with clock("setup"):
         run = assemble(recipe, world, clock)
         resume(run)
@@ -121,7 +132,7 @@ def build(recipe: Recipe, world: World) -> Run:
 def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
     """The parts, new; text is checked before anything is trained, and the generator takes its memory last."""
     train_tasks, eval_tasks = load_task_sets(recipe)
-    rewards = bind_rewards(recipe.rewards)
+    rewards = bind_rewards(recipe.rewards, recipe.failure)
     curriculum = make_curriculum(recipe, train_tasks)
     start = model_folder(recipe, world)
     renderer = make_renderer(recipe, start)
@@ -157,6 +168,7 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
         samples=Samples(folder, recipe.logging.samples_per_step),
         checkpoints=Checkpoints(folder, world, keep=recipe.keep_checkpoints),
         task_keys=frozenset(task.key for task in train_tasks),
+        health=Health(recipe.failure),
     )
 
 
@@ -186,6 +198,7 @@ def _restore(run: Run) -> None:
         run.noise.load_state_dict(state["noise"])
         run.law.load_state_dict(state["law"])
         run.evals.update(state["evals"])
+        run.evaluation_due = bool(state.get("evaluation_due"))
         run.start_step = int(state["step"])
     run.trackers.rewind(run.start_step)
     if run.world.is_main:

@@ -7,15 +7,21 @@ import inspect
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
 from typing import Any
 
+from rlpost.cluster_recipe import Failure
+from rlpost.deadline import TimeOver, deadline
 from rlpost.errors import RecipeError, RunError
 from rlpost.metrics import METRICS
 from rlpost.plugins import bind
+from rlpost.preempt import preemption
 from rlpost.types import Group, Rollout
+
+POLL_S = 0.5
+"""How often a rank that waits for async rewards looks whether it has been asked to leave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +31,11 @@ class BoundReward:
     name: str
     weight: float
     call: Callable[[Rollout], Any]
+    limits: Failure = field(default_factory=Failure)
+    """How long it may take, and what becomes of a rollout for which it took longer."""
 
 
-def bind_rewards(rewards: Sequence[Mapping[str, Any]]) -> list[BoundReward]:
+def bind_rewards(rewards: Sequence[Mapping[str, Any]], limits: Failure | None = None) -> list[BoundReward]:
     """The recipe's rewards, each under its own part name: the second `brevity` is `brevity_2`."""
     bound: list[BoundReward] = []
     # A part is logged as reward/<name>, beside figures that have taken some names already.
@@ -45,7 +53,7 @@ def bind_rewards(rewards: Sequence[Mapping[str, Any]]) -> list[BoundReward]:
             count += 1
             name = f"{stem}_{count}"
         taken.add(name)
-        bound.append(BoundReward(name, float(weight), call))
+        bound.append(BoundReward(name, float(weight), call, limits or Failure()))
     return bound
 
 
@@ -71,8 +79,13 @@ def _judge(reward: BoundReward, rollouts: list[Rollout]) -> list[Any]:
     """What the reward returns for each rollout; an async reward waits for all of them at once."""
     values = []
     for rollout in rollouts:
+        preemption.poll()
         try:
-            values.append(reward.call(rollout))
+            with deadline(reward.limits.reward_s):
+                values.append(reward.call(rollout))
+        except TimeOver as error:
+            _unless_left_out(reward, rollout, error)
+            values.append(None)
         except Exception as error:  # a user's code may raise anything; it is only given context here
             raise _failure(reward, rollout, error) from error
     if any(inspect.isawaitable(value) for value in values):
@@ -82,12 +95,33 @@ def _judge(reward: BoundReward, rollouts: list[Rollout]) -> list[Any]:
 
 async def _await_all(reward: BoundReward, rollouts: list[Rollout], values: list[Any]) -> list[Any]:
     async def judge(rollout: Rollout, value: Any) -> Any:
+        if not inspect.isawaitable(value):
+            return value
         try:
-            return await value
+            async with asyncio.timeout(reward.limits.reward_s) as limit:
+                return await value
         except Exception as error:  # as above
+            if limit.expired():
+                _unless_left_out(reward, rollout, error)
+                return None
             raise _failure(reward, rollout, error) from error
 
-    return list(await asyncio.gather(*map(judge, rollouts, values)))
+    judged = asyncio.gather(*map(judge, rollouts, values))
+    while not judged.done():
+        preemption.poll()
+        await asyncio.wait([judged], timeout=POLL_S)
+    return list(judged.result())
+
+
+def _unless_left_out(reward: BoundReward, rollout: Rollout, error: BaseException) -> None:
+    """A reward took too long: unless `failure.reward` leaves the rollout unjudged, that is the run's end."""
+    if reward.limits.reward == "unjudged":
+        return
+    raise RunError(
+        f"reward `{reward.name}` must judge a rollout within failure.reward_s={reward.limits.reward_s:g} s, and was "
+        f"still at {_place(reward, error)} for task {rollout.task.key}, whose completion begins {rollout.text[:80]!r}: "
+        "mend it, raise the bound, or set failure.reward=unjudged"
+    ) from error
 
 
 def _number(reward: BoundReward, rollout: Rollout, value: Any) -> float | None:
@@ -102,14 +136,18 @@ def _number(reward: BoundReward, rollout: Rollout, value: Any) -> float | None:
 
 
 def _failure(reward: BoundReward, rollout: Rollout, error: Exception) -> RunError:
+    return RunError(
+        f"reward `{reward.name}` must judge every rollout, and raised {type(error).__name__}: {error} at "
+        f"{_place(reward, error)} for task {rollout.task.key}, whose completion begins {rollout.text[:80]!r}: mend it, "
+        "or return None where it cannot judge"
+    )
+
+
+def _place(reward: BoundReward, error: BaseException) -> str:
+    """The last line of the reward's own file that an error came through."""
     source = _source(reward.call)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == source]
-    place = f"{source}:{frames[-1].lineno}" if frames else source
-    return RunError(
-        f"reward `{reward.name}` must judge every rollout, and raised {type(error).__name__}: {error} at {place} "
-        f"for task {rollout.task.key}, whose completion begins {rollout.text[:80]!r}: mend it, or return None where it "
-        "cannot judge"
-    )
+    return f"{source}:{frames[-1].lineno}" if frames else source
 
 
 def _source(call: Callable[..., Any]) -> str:

@@ -22,7 +22,7 @@ from rlpost.batch import make_batch
 from rlpost.checkpoint import Checkpoints
 from rlpost.document import Document
 from rlpost.engine import Engine
-from rlpost.errors import RunError
+from rlpost.errors import Preempted, RunError
 from rlpost.export import export_policy
 from rlpost.losses import nll, weighted_sum
 from rlpost.metrics import Metrics
@@ -36,6 +36,7 @@ from rlpost.model_source import (
 )
 from rlpost.packing import make_packer
 from rlpost.policy import load_policy
+from rlpost.preempt import preemption
 from rlpost.progress import Progress
 from rlpost.recipe import EngineRecipe, Recipe, Sft
 from rlpost.render import Renderer, load_tokenizer
@@ -96,14 +97,27 @@ def sft(recipe: Recipe, section: Sft, start: Path, folder: Path, world: World) -
             figures = metrics.reduce()
             trackers.log(step, figures)
             progress.update(step, figures)
-            if recipe.save_every and (step + 1) % recipe.save_every == 0:
-                checkpoints.save(step + 1, engine, {})
+            save_or_leave(recipe, engine, checkpoints, step + 1)
             losses.append(figures["policy/loss"])
             if out_of_time(section, started, world) or on_target(section, losses):
                 break
     trackers.close()
     export_policy(engine, folder, like=start)
     checkpoints.clear()
+
+
+def save_or_leave(recipe: Recipe, engine: Engine, checkpoints: Checkpoints, step: int) -> None:
+    """After `step` supervised steps, save where that is due, and leave where that was asked or nothing is learned."""
+    leaving = preemption.agree(engine.world)
+    if leaving or (recipe.save_every and step % recipe.save_every == 0):
+        checkpoints.save(step, engine, {})
+    if engine.skipped_in_a_row >= recipe.failure.gradients:
+        raise RunError(
+            f"sft: the gradient must be finite (it was not in {engine.skipped_in_a_row} optimizer steps in a row, the "
+            "bound of failure.gradients): lower sft.lr"
+        )
+    if leaving:
+        raise Preempted(f"{preemption.message()}: {step} supervised steps are saved, go on with resume=auto")
 
 
 def imitation_loss(engine: Engine, micro: Micro) -> tuple[Tensor, dict[str, Tensor]]:

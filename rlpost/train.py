@@ -10,46 +10,56 @@ from typing import Any
 
 from torch import Tensor
 
-from rlpost import figures
+from rlpost import figures, random_state
 from rlpost.batch import documents_of, in_parts, make_batch, with_scores
 from rlpost.behavior import with_behavior
 from rlpost.credit import credit
 from rlpost.curriculum import corrected
 from rlpost.document import Document
-from rlpost.errors import RunError, SharedError
+from rlpost.errors import Preempted, RunError, SharedError
 from rlpost.evaluate import against_first, tabulate
 from rlpost.peak import fullest
+from rlpost.preempt import preemption
 from rlpost.progress import Progress
 from rlpost.recipe import Recipe
 from rlpost.rollouts import gather
-from rlpost.run import Run, build
+from rlpost.run import Run, build, clock_of
 from rlpost.summary import write_summary
 from rlpost.types import Batch, Group, Micro
 from rlpost.update import update
+from rlpost.watchdog import Watchdog
 from rlpost.widths import updates_a_step
 from rlpost.world import World
 
 
 def train(recipe: Recipe, world: World) -> Path:
     """Train as the recipe says, and return the run's folder."""
-    run = build(recipe, world)
-    shown = Progress(recipe, world, total_steps=recipe.steps, start=run.start_step)
-    with closing(run.generator), shown as progress:
-        if run.evaluator and "before" not in run.evals:
-            run.evals["before"] = evaluate(run, 0, progress)
-        for step in range(run.start_step, recipe.steps):
-            with saved_on_failure(run, step):
-                logged = train_step(run, step)
-            progress.update(step, logged)
-            if said := adapt(run, step, logged):
-                progress.message(said)
-            if run.evaluator and every(recipe.evaluation.every, step) and step + 1 < recipe.steps:
-                run.objective.after_evaluation(evaluate(run, step + 1, progress)["pass@1"])
-            if every(recipe.save_every, step) or step + 1 == recipe.steps:
-                save(run, step + 1)
-        if run.evaluator:
-            run.evals["after"] = evaluate(run, recipe.steps, progress)
-        finish(run, progress)
+    clock = clock_of(world)
+    preemption.limit(recipe.preempt.after_s)
+    with Watchdog(recipe, world, clock):
+        run = build(recipe, world, clock)
+        shown = Progress(recipe, world, total_steps=recipe.steps, start=run.start_step)
+        with closing(run.generator), closing(run.trackers), shown as progress:
+            preemption.check(world)
+            if run.evaluator and "before" not in run.evals:
+                run.evals["before"] = evaluate(run, 0, progress)
+            if run.evaluation_due:
+                evaluate_between(run, run.start_step, progress)
+            for step in range(run.start_step, recipe.steps):
+                with saved_on_failure(run, step):
+                    logged = train_step(run, step)
+                progress.update(step, logged)
+                for said in (adapt(run, step, logged), look_after(run, step, logged)):
+                    if said:
+                        progress.message(said)
+                if run.evaluator and every(recipe.evaluation.every, step) and step + 1 < recipe.steps:
+                    evaluate_between(run, step + 1, progress)
+                if every(recipe.save_every, step) or step + 1 == recipe.steps:
+                    save(run, step + 1)
+                stop_if_due(run, step + 1)
+            if run.evaluator:
+                run.evals["after"] = evaluate(run, recipe.steps, progress)
+            finish(run, progress)
     return run.folder
 
 
@@ -93,6 +103,7 @@ def score_documents(run: Run, documents: list[Document]) -> list[Document]:
     chosen = [document for document in documents if document.inclusion]
 
     def scores(micro: Micro) -> dict[str, Tensor]:
+        preemption.check(run.world)
         found: dict[str, Tensor] = {}
         if scored_by_policy:
             found["prox_logp"], found["entropy"] = engine.token_logp(micro)
@@ -126,6 +137,7 @@ def make_batches(run: Run, groups: list[Group], documents: list[Document], *, ce
 
 def policy_loss(run: Run, micro: Micro, *, version: int, measured: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """The policy's share of the step's loss, and per-token figures."""
+    leave_if_whole(run, version)
     run.accounts.passed("train", micro, trained=True)
     logp_BT, entropy_BT = run.engine.token_logp(micro)
     return run.objective.policy_loss(micro, logp_BT, entropy_BT, version=version, measured=measured)
@@ -134,6 +146,7 @@ def policy_loss(run: Run, micro: Micro, *, version: int, measured: bool) -> tupl
 def value_loss(run: Run, micro: Micro) -> tuple[Tensor, dict[str, Tensor]]:
     """The critic's share of the step's loss, and per-token figures."""
     assert run.critic is not None
+    preemption.get_on()
     run.accounts.passed("critic", micro, trained=True)
     return run.objective.value_loss(micro, run.critic.values(micro))
 
@@ -150,12 +163,41 @@ def adapt(run: Run, step: int, logged: dict[str, float]) -> str | None:
     return f"step {step + 1}: the reference is now a copy of the policy ({reason})"
 
 
+def leave_if_whole(run: Run, version: int) -> None:
+    """Leave, if that was asked, while this step has not changed the policy; later it is quicker to end the step."""
+    preemption.get_on()
+    if run.engine.updates == version:
+        preemption.check(run.world)
+
+
+def look_after(run: Run, step: int, logged: dict[str, float]) -> str | None:
+    """Count what goes wrong step after step; what to say of it."""
+    engines = [run.engine] if run.critic is None else [run.engine, run.critic]
+    return run.health.see(step, logged, skipped_in_a_row=max(engine.skipped_in_a_row for engine in engines))
+
+
+def stop_if_due(run: Run, step: int) -> None:
+    """After `step` whole steps, save and leave where that was asked, or where the run is broken."""
+    broken = run.health.broken()
+    if broken is None and (step == run.recipe.steps or not preemption.agree(run.world)):
+        return
+    if run.saved_step != step:
+        save(run, step)
+    if broken is not None:
+        raise RunError(f"{broken}\n{step} steps are saved: correct this and go on with resume=auto")
+    raise Preempted(f"{preemption.message()}: {step} steps are saved, go on with resume=auto")
+
+
 @contextmanager
 def saved_on_failure(run: Run, step: int) -> Iterator[None]:
-    """Where all ranks fail together before the step has changed the policy, save what the steps before it gave."""
+    """Where all ranks leave a step together before it has changed the policy, save what the steps before it gave.
+
+    What the step drew and generated is forgotten, and comes again from the same seeds when the run goes on.
+    """
     updates, next_group = run.engine.updates, run.next_group
-    listeners = run.curriculum, run.explorers, run.frontier
+    listeners = run.curriculum, run.explorers, run.frontier, run.objective
     states = [listener.state_dict() for listener in listeners]
+    dice = random_state.take(run.world.device)
     try:
         yield
     except SharedError as error:
@@ -164,13 +206,29 @@ def saved_on_failure(run: Run, step: int) -> Iterator[None]:
         for listener, state in zip(listeners, states, strict=True):
             listener.load_state_dict(state)
         run.next_group = next_group
-        save(run, step)
+        random_state.put_back(dice, run.world.device)
+        if run.saved_step != step:
+            save(run, step)
+        if isinstance(error, Preempted):
+            raise Preempted(f"{error}: {step} steps are saved, go on with resume=auto") from error
         raise RunError(f"{error}\n{step} steps are saved: correct this and go on with resume=auto") from error
 
 
 def every(interval: int, step: int) -> bool:
     """Whether an action of this interval is due after the 0-based step; 0 means never."""
     return bool(interval) and (step + 1) % interval == 0
+
+
+def evaluate_between(run: Run, step: int, progress: Progress) -> None:
+    """The evaluation after `step` whole steps; a run that leaves in it begins with it when it goes on."""
+    run.evaluation_due = True
+    try:
+        figures = evaluate(run, step, progress)
+    except Preempted:
+        save(run, step)
+        raise
+    run.evaluation_due = False
+    run.objective.after_evaluation(figures["pass@1"])
 
 
 def evaluate(run: Run, step: int, progress: Progress) -> dict[str, float]:
@@ -202,9 +260,11 @@ def save(run: Run, step: int) -> None:
             "noise": run.noise.state_dict(),
             "law": run.law.state_dict(),
             "evals": run.evals,
+            "evaluation_due": run.evaluation_due,
             "model": str(run.model),
         }
         run.checkpoints.save(step, run.engines, state)
+    run.saved_step = step
 
 
 def finish(run: Run, progress: Progress) -> None:

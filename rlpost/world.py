@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from rlpost.errors import RunError, SharedError
+from rlpost.errors import Preempted, RunError, SharedError
 
 T = TypeVar("T")
 
@@ -88,16 +88,17 @@ class World:
         return items
 
     def together(self, work: Callable[[], T]) -> T:
-        """This rank's result of `work`; where it fails on one rank, every rank raises that error."""
+        """This rank's result of `work`; where it fails on one rank, or has to leave, every rank raises that."""
         result: Any = None
-        error = None
+        error: RunError | None = None
         try:
             result = work()
         except RunError as failed:
             error = failed
-        for message in self.all_gather_object(None if error is None else str(error)):
-            if message is not None:
-                raise SharedError(message) from error
+        told = None if error is None else (isinstance(error, Preempted), str(error))
+        every_rank = filter(None, self.all_gather_object(told))
+        for leaves, message in sorted(every_rank, key=lambda one: one[0]):  # what is broken comes before a leave
+            raise (Preempted if leaves else SharedError)(message) from error
         return cast(T, result)
 
     def sum(self, value: int) -> int:

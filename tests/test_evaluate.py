@@ -83,7 +83,7 @@ class Generator:
 
 def evaluator(rank=0, size=1, gather=lambda item: [item]):
     tasks = [Task(f"t{i}", "p", str(i), extra={"level": i % 2}) for i in range(4)]
-    world = SimpleNamespace(rank=rank, size=size, all_gather_object=gather)
+    world = SimpleNamespace(rank=rank, size=size, all_gather_object=gather, together=lambda work: work())
     renderer = SimpleNamespace(prompt_ids=lambda task: (1,))
     rewards = bind_rewards([{"use": "final_number"}])
     return Evaluator(tasks, Evaluation(n=4, by="level"), renderer, rewards, Sampling(max_new_tokens=5), 9, world)

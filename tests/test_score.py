@@ -1,12 +1,16 @@
 import asyncio
 import math
+import re
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from rlpost.errors import RecipeError, RunError
+from rlpost.cluster_recipe import Failure
+from rlpost.errors import Preempted, RecipeError, RunError
 from rlpost.plugins import make_importable
+from rlpost.preempt import preemption
 from rlpost.score import BoundReward, bind_rewards, score
 from rlpost.types import Group, Rollout, Task
 
@@ -142,3 +146,38 @@ def test_bound_rewards_have_their_weights_and_distinct_part_names(tmp_path):
     assert one.rollouts[0].reward_parts == {"brevity": 1.0, "brevity_2": 0.0, "mean_2": 0.5}
     with pytest.raises(RecipeError, match=r"rewards\.0\.weight must be a finite number \(got 'much'\)"):
         bind_rewards([{"use": use, "weight": "much"}])
+
+
+def never(rollout):
+    while rollout.text == "hang":
+        time.sleep(0.01)
+    return 1.0
+
+
+async def never_async(rollout):
+    if rollout.text == "hang":
+        await asyncio.sleep(3600)
+    return 1.0
+
+
+@pytest.mark.parametrize("hung", [never, never_async])
+def test_a_reward_that_takes_too_long_leaves_its_rollout_unjudged_or_ends_the_run(hung):
+    one = group("2", "hang", "3")
+    left_out = BoundReward("slow", 1.0, hung, Failure(reward_s=0.2, reward="unjudged"))
+    assert score([one], [left_out]) == {"slow": 1}
+    assert one.rewards == [1.0, None, 1.0]
+    place = re.escape(__file__)
+    with pytest.raises(RunError, match=rf"`slow` must judge .*failure.reward_s=0.2 s.*{place}.*task k1.*'hang'"):
+        score([one], [BoundReward("slow", 1.0, hung, Failure(reward_s=0.2))])
+
+
+@pytest.mark.parametrize("waits", [never, never_async])
+def test_a_rank_that_scores_leaves_when_it_is_asked_to(waits):
+    """Between rollouts, or while it waits for async ones."""
+    texts = ("2", "hang") if waits is never_async else ("2", "3")
+    preemption.ask("SIGTERM")
+    try:
+        with pytest.raises(Preempted, match="SIGTERM"):
+            score([group(*texts)], [BoundReward("slow", 1.0, waits)])
+    finally:
+        preemption.reset()

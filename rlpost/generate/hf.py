@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlpost.generate.base import Canary, SyncReport
+from rlpost.preempt import preemption
 from rlpost.types import Request, Rollout, Sampling
 from rlpost.weights import WeightStream
 
@@ -84,6 +85,7 @@ class HfGenerator:
         logps: list[Tensor] = []
         alive_N = torch.ones(request.n, dtype=torch.bool, device=device)
         while len(tokens) < sampling.max_new_tokens and alive_N.any():
+            preemption.poll()
             answer = self.model(input_ids=step_NT, past_key_values=cache, use_cache=True)
             cache = answer.past_key_values
             logp_NV = processed_logp(answer.logits[:, -1].float(), sampling)

@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlpost.errors import RunError
+from rlpost.errors import Preempted, RunError
 from rlpost.generate.base import Canary, SyncReport
 from rlpost.generate.vllm_features import loads_in_place, probe
+from rlpost.preempt import preemption
 from rlpost.types import FinishReason, Request, Rollout, Sampling
 from rlpost.weights import Weights, WeightStream
 
@@ -58,13 +59,28 @@ class LocalVllm:
         params = [_params(request, sampling, seeded=self.recipe.seeding == "request") for request in requests]
         with torch.random.fork_rng(devices=[self.world.device] if self.world.device.type == "cuda" else []):
             torch.manual_seed(_call_seed(requests))
-            outputs = self.llm.generate(prompts, params, use_tqdm=False)
+            outputs = self._answers(prompts, params)
         version = -1 if self.version is None else self.version
         return [
             _rollout(request, output, version, self.renderer)
             for request, answers in zip(requests, outputs, strict=True)
             for output in answers.outputs
         ]
+
+    def _answers(self, prompts: list[Any], params: list[Any]) -> list[Any]:
+        """One vLLM call; between the steps of its engine this rank looks whether it has been asked to leave."""
+        engine = self.llm.llm_engine
+        with stepping(engine, preemption.poll):
+            try:
+                return self.llm.generate(prompts, params, use_tqdm=False)
+            except Preempted:
+                engine.abort_request(list(engine.output_processor.request_states), internal=True)
+                raise
+            except (RuntimeError, MemoryError) as error:
+                raise RunError(
+                    f"generator: vLLM must answer every prompt, and stopped ({type(error).__name__}: {error}): "
+                    "lower generator.max_num_seqs if memory ran out; VLLM_LOGGING_LEVEL=INFO shows its own log"
+                ) from error
 
     @contextmanager
     def awake(self, engine: Engine, version: int) -> Iterator[None]:
@@ -119,6 +135,22 @@ class LocalVllm:
         params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
         [answer] = self.llm.generate([{"prompt_token_ids": list(token_ids)}], params, use_tqdm=False)
         return [table[token].logprob for token, table in zip(token_ids[1:], answer.prompt_logprobs[1:], strict=True)]
+
+
+@contextmanager
+def stepping(engine: Any, before: Callable[[], None]) -> Iterator[None]:
+    """Call `before` ahead of each step that vLLM's engine takes; requests stay one batch, and one seed a call."""
+    step = engine.step
+
+    def watched() -> Any:
+        before()
+        return step()
+
+    engine.step = watched
+    try:
+        yield
+    finally:
+        del engine.step  # the class's own is there again
 
 
 def _load(worker: Any, weights: Weights) -> None:
