@@ -31,6 +31,7 @@ from rlpost.render import Renderer, check_lengths, generation_eos_ids, load_toke
 from rlpost.samples import Samples
 from rlpost.score import BoundReward, bind_rewards
 from rlpost.sft import base_model
+from rlpost.shards import Write
 from rlpost.tasks import load_task_sets
 from rlpost.trackers import Trackers
 from rlpost.types import Sampling, Task
@@ -87,13 +88,18 @@ class Engines:
 
     parts: Sequence[Saves]
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's shards."""
-        for part in self.parts:
-            part.save(folder)
+    def snapshot(self) -> Write:
+        """Copy this rank's shards; the result writes them."""
+        writes = [part.snapshot() for part in self.parts]
+
+        def write(folder: Path) -> None:
+            for one in writes:
+                one(folder)
+
+        return write
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
+        """Read what was written."""
         for part in self.parts:
             part.load(folder)
 
@@ -142,7 +148,7 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
         metrics=Metrics(world),
         trackers=Trackers(folder, recipe, world),
         samples=Samples(folder, recipe.logging.samples_per_step),
-        checkpoints=Checkpoints(folder, world, keep=recipe.keep_checkpoints),
+        checkpoints=make_checkpoints(recipe, folder, world),
         task_keys=frozenset(task.key for task in train_tasks),
     )
 
@@ -161,6 +167,7 @@ def resume(run: Run) -> None:
 
 def _restore(run: Run) -> None:
     path = run.checkpoints.newest() if run.recipe.resume == "auto" else Path(run.recipe.resume)
+    sizes: dict[str, int] = {}
     if path is not None:
         state = run.checkpoints.load(path, run.engines)
         run.objective.load_state_dict(state["objective"])
@@ -171,9 +178,18 @@ def _restore(run: Run) -> None:
         run.clock.load_state_dict(state["clock"])
         run.evals.update(state["evals"])
         run.start_step = int(state["step"])
-    run.trackers.rewind(run.start_step)
+        if run.folder.resolve() in path.resolve().parents:  # else the files are of another run
+            sizes = state["sizes"]
+    run.trackers.rewind(run.start_step, sizes.get("metrics"))
     if run.world.is_main:
-        run.samples.rewind(run.start_step)
+        run.samples.rewind(run.start_step, sizes.get("samples"))
+
+
+def make_checkpoints(recipe: Recipe, folder: Path, world: World) -> Checkpoints:
+    """The run's checkpoints."""
+    background = world.apart() if recipe.save_in_background else None
+    keep, keep_every = recipe.keep_checkpoints, recipe.keep_every
+    return Checkpoints(folder, world, keep=keep, keep_every=keep_every, background=background)
 
 
 def make_renderer(recipe: Recipe, model: Path) -> Renderer:

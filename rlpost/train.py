@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from rlpost.recipe import Recipe
 from rlpost.rollouts import gather
 from rlpost.run import Run, build
 from rlpost.summary import write_summary
+from rlpost.trackers import settle
 from rlpost.types import Batch, Group, Micro
 from rlpost.update import update
 from rlpost.widths import updates_a_step
@@ -32,7 +35,7 @@ def train(recipe: Recipe, world: World) -> Path:
     """Train as the recipe says, and return the run's folder."""
     run = build(recipe, world)
     shown = Progress(recipe, world, total_steps=recipe.steps, start=run.start_step)
-    with closing(run.generator), shown as progress:
+    with closing(run.generator), closing(run.checkpoints), shown as progress:
         if run.evaluator and "before" not in run.evals:
             run.evals["before"] = evaluate(run, 0, progress)
         for step in range(run.start_step, recipe.steps):
@@ -44,7 +47,7 @@ def train(recipe: Recipe, world: World) -> Path:
             if run.evaluator and every(recipe.evaluation.every, step) and step + 1 < recipe.steps:
                 run.objective.after_evaluation(evaluate(run, step + 1, progress)["pass@1"])
             if every(recipe.save_every, step) or step + 1 == recipe.steps:
-                save(run, step + 1)
+                save(run, step + 1, wait=False)
         if run.evaluator:
             run.evals["after"] = evaluate(run, recipe.steps, progress)
         finish(run, progress)
@@ -173,10 +176,13 @@ def evaluate(run: Run, step: int, progress: Progress) -> dict[str, float]:
     return result
 
 
-def save(run: Run, step: int) -> None:
-    """Write a checkpoint of everything that has a state, after `step` whole steps."""
+def save(run: Run, step: int, *, wait: bool = True) -> None:
+    """Write a checkpoint of everything that has a state, after `step` whole steps; it may be written in a thread."""
     with run.clock("checkpoint"):
+        score = score_of(run.recipe.keep_best, run.trackers.newest)
         state = {
+            "recipe": asdict(run.recipe),
+            "sizes": {"metrics": run.trackers.settle(), "samples": settle(run.samples.path)},
             "curriculum": run.curriculum.state_dict(),
             "explorers": run.explorers.state_dict(),
             "frontier": run.frontier.state_dict(),
@@ -186,11 +192,25 @@ def save(run: Run, step: int) -> None:
             "evals": run.evals,
             "model": str(run.model),
         }
-        run.checkpoints.save(step, run.engines, state)
+        run.checkpoints.save(step, run.engines, state, score=score, wait=wait)
+
+
+def score_of(metric: str | None, logged: Mapping[str, float]) -> float | None:
+    """What a checkpoint is worth: the larger the better; None where that is not known.
+
+    >>> score_of("-critic/loss", {"critic/loss": 0.5}), score_of("eval/pass@1", {})
+    (-0.5, None)
+    """
+    value = logged.get((metric or "").removeprefix("-"), math.nan)
+    if not math.isfinite(value):
+        return None
+    return -value if (metric or "").startswith("-") else value
 
 
 def finish(run: Run, progress: Progress) -> None:
     """Write and show the summary."""
+    with run.clock("checkpoint"):
+        run.checkpoints.wait()
     run.clock.lap()
     peak_gib = fullest(run.world.all_gather_object(run.clock.total_peak_gib))
     if run.world.is_main:

@@ -1,4 +1,4 @@
-"""What one layout wrote is read by another: the same numbers, for every pair of stages and numbers of ranks."""
+"""What one layout wrote is read by another: the same numbers, on any stage and number of ranks."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,12 @@ from rlpost.collect import shard
 from rlpost.errors import RunError
 from rlpost.shards import MOMENTS, whole_weights
 
-LAYOUTS = [(1, stage, dtype) for stage, dtype in STATES] + [(2, stage, dtype) for stage, dtype in STATES]
+NEXT = {0: 3, 1: 2, 2: 0, 3: 1}
+"""The stage that reads what each stage wrote; in bfloat16 there is no stage 0."""
+
+
+def reader(stage, dtype):
+    return NEXT[stage] if dtype == "float32" or NEXT[stage] else 3
 
 
 def asked(stage):
@@ -33,8 +38,8 @@ def saved(world, folder, dtype, stage):
 def numbers(folder):
     """Every number in a checkpoint of an engine: weights and moments, whole, by name."""
     shapes = json.loads((folder / "meta.json").read_text())["shapes"]
-    found = {f"{kind}/{name}": torch.full((torch.Size(shape).numel(),), torch.nan) for name, shape in shapes.items()
-             for kind in ("weight", *MOMENTS)}  # fmt: skip
+    sizes = {f"{kind}/{name}": torch.Size(shapes[name]).numel() for name in shapes for kind in ("weight", *MOMENTS)}
+    found = {key: torch.full((size,), torch.nan) for key, size in sizes.items()}
     for file in folder.glob("rank-*.safetensors"):
         with safe_open(file, framework="pt") as pieces:
             for key in pieces.keys():  # noqa: SIM118
@@ -53,21 +58,18 @@ def save_all(world, folder):
 
 
 def load_all(world, folder):
-    """Load what each layout wrote into each of this number of ranks, save that again, and take a step."""
+    """Load what every stage of the other number of ranks wrote into another stage, save it again, take a step."""
     steps = {}
-    for ranks, stage, dtype in LAYOUTS:
-        source = Path(folder) / f"{ranks}-{stage}-{dtype}"
-        for here, kind in STATES:
-            if kind != dtype:
-                continue
-            engine = make_engine(world, asked(here), dtype=dtype, seed=5)
-            engine.load(source)
-            engine.save(Path(folder) / f"{source.name}-on-{world.size}-{here}")
-            forward = all(torch.equal(tensor, whole_weights(source / "engine")[f"model.{name}"].to(tensor.dtype))
-                          for name, tensor in weights(engine).items())  # fmt: skip
-            lr = engine.deepspeed.get_lr()[0]
-            take(engine, [one for _, one in shard(WINDOWS[0], world.rank, world.size)])
-            steps[f"{source.name}-on-{world.size}-{here}"] = [forward, lr, engine.updates, engine.lr]
+    for stage, dtype in STATES:
+        source, here = Path(folder) / f"{3 - world.size}-{stage}-{dtype}", reader(stage, dtype)
+        engine = make_engine(world, asked(here), dtype=dtype, seed=5)
+        engine.load(source)
+        engine.save(Path(folder) / f"{source.name}-on-{here}")
+        expected = whole_weights(source / "engine")
+        forward = all(torch.equal(x, expected[f"model.{name}"].to(x.dtype)) for name, x in weights(engine).items())
+        lr = engine.deepspeed.get_lr()[0]
+        take(engine, [one for _, one in shard(WINDOWS[0], world.rank, world.size)])
+        steps[f"{source.name}-on-{here}"] = [forward, lr, engine.updates, engine.lr]
     return steps
 
 
@@ -96,13 +98,13 @@ def test_a_stage_reads_what_every_stage_of_one_rank_wrote(single_rank, written, 
         engine = make_engine(single_rank, asked(stage), dtype=dtype, seed=5)
         engine.load(written / f"1-{source}-{dtype}")
         engine.save(written / f"1-{source}-{dtype}-on-{stage}")
-        before, after = numbers(written / f"1-{source}-{dtype}/engine"), numbers(
-            written / f"1-{source}-{dtype}-on-{stage}/engine")  # fmt: skip
+        before = numbers(written / f"1-{source}-{dtype}/engine")
+        after = numbers(written / f"1-{source}-{dtype}-on-{stage}/engine")
         assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 @pytest.mark.slow
-def test_every_layout_reads_what_every_layout_wrote(tmp_path, single_rank):
+def test_another_number_of_ranks_of_another_stage_reads_the_same_numbers(tmp_path, single_rank):
     save_all(single_rank, tmp_path)
     run_ranks(save_all, folder=str(tmp_path))
     check(tmp_path, load_all(single_rank, tmp_path))
