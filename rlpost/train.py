@@ -15,7 +15,7 @@ from rlpost import figures
 from rlpost.batch import documents_of, in_parts, make_batch, with_scores
 from rlpost.behavior import with_behavior
 from rlpost.credit import credit
-from rlpost.curriculum import corrected
+from rlpost.curriculum import corrected, kept_in_memory
 from rlpost.document import Document
 from rlpost.errors import RunError, SharedError
 from rlpost.peak import fullest
@@ -146,7 +146,8 @@ def saved_on_failure(run: Run, step: int) -> Iterator[None]:
     """Where all ranks fail together before the step has changed the policy, save what the steps before it gave."""
     updates, next_group = run.engine.updates, run.next_group
     listeners = run.curriculum, run.explorers, run.frontier
-    states = [listener.state_dict() for listener in listeners]
+    with kept_in_memory():
+        states = [listener.state_dict() for listener in listeners]
     try:
         yield
     except SharedError as error:
