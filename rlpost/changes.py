@@ -9,8 +9,10 @@ from typing import Any
 from rlpost.errors import RunError
 from rlpost.recipe import Recipe
 
+OF_THE_START = ("name", "run_dir", "resume", "resume_changed")
+"""Keys that say where a run is and how it starts: not worth a word."""
 HARMLESS = (
-    *("name", "run_dir", "save_", "keep_", "resume", "logging.", "evaluation.", "batch."),
+    *("save_", "keep_", "logging.", "evaluation.", "batch."),
     *("generator.memory_frac", "generator.kv_cache_gib", "generator.max_num_seqs", "generator.sleep_level"),
     *("generator.enforce_eager", "generator.canary_tolerance", "engine.zero_stage", "engine.offload_", "engine.park"),
     *("engine.sequence_parallel", "engine.sync_bucket_mib", "model.gradient_checkpointing"),
@@ -41,7 +43,7 @@ def differences(saved: Mapping[str, Any], recipe: Recipe) -> dict[str, tuple[Any
     defaults = dict(flat(asdict(Recipe())))
     before, after = dict(flat(saved)), dict(flat(asdict(recipe)))
     every = {key: (before.get(key, defaults.get(key, GONE)), after.get(key, GONE)) for key in [*before, *after]}
-    return {key: pair for key, pair in every.items() if pair[0] != pair[1]}
+    return {key: pair for key, pair in every.items() if pair[0] != pair[1] and key not in OF_THE_START}
 
 
 def is_harmless(key: str, recipe: Recipe) -> bool:

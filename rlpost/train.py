@@ -145,7 +145,8 @@ def adapt(run: Run, step: int, logged: dict[str, float]) -> str | None:
 def saved_on_failure(run: Run, step: int) -> Iterator[None]:
     """Where all ranks fail together before the step has changed the policy, save what the steps before it gave."""
     updates, next_group = run.engine.updates, run.next_group
-    listeners = run.curriculum, run.explorers, run.frontier
+    listeners = run.curriculum, run.explorers
+    run.frontier.begin()
     with kept_in_memory():
         states = [listener.state_dict() for listener in listeners]
     try:
@@ -155,6 +156,7 @@ def saved_on_failure(run: Run, step: int) -> Iterator[None]:
             raise
         for listener, state in zip(listeners, states, strict=True):
             listener.load_state_dict(state)
+        run.frontier.undo()
         run.next_group = next_group
         save(run, step)
         raise RunError(f"{error}\n{step} steps are saved: correct this and go on with resume=auto") from error

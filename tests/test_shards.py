@@ -1,6 +1,7 @@
 """What one layout wrote is read by another: the same numbers, on any stage and number of ranks."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from test_engine import STATES, WINDOWS, make_engine, recipe, take, weights
 
 from rlpost.collect import shard
 from rlpost.errors import RunError
-from rlpost.shards import MOMENTS, whole_weights
+from rlpost.shards import MOMENTS, save_tensors, whole_weights
 
 NEXT = {0: 3, 1: 2, 2: 0, 3: 1}
 """The stage that reads what each stage wrote; in bfloat16 there is no stage 0."""
@@ -141,3 +142,13 @@ def test_another_model_and_a_missing_shard_are_refused(single_rank, written, tmp
     (tmp_path / "engine/meta.json").write_bytes((written / "1-2-float32/engine/meta.json").read_bytes())
     with pytest.raises(RunError, match=r"must hold all of \S+ \(weight: it has 0 of \d+ numbers\)"):
         make_engine(single_rank, asked(2)).load(tmp_path)
+
+
+def test_a_file_that_cannot_be_written_whole_is_an_error_of_the_disk(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_tensors({"x": torch.zeros(1 << 20)}, tmp_path / "rank-0000.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
