@@ -20,6 +20,7 @@ from rlpost.document import Document
 from rlpost.errors import RunError, SharedError
 from rlpost.peak import fullest
 from rlpost.progress import Progress
+from rlpost.random_state import random_state, set_random_state
 from rlpost.recipe import Recipe
 from rlpost.rollouts import gather
 from rlpost.run import Run, build
@@ -147,6 +148,7 @@ def saved_on_failure(run: Run, step: int) -> Iterator[None]:
     updates, next_group = run.engine.updates, run.next_group
     listeners = run.curriculum, run.explorers
     run.frontier.begin()
+    dice = random_state(run.world.device)
     with kept_in_memory():
         states = [listener.state_dict() for listener in listeners]
     try:
@@ -158,6 +160,7 @@ def saved_on_failure(run: Run, step: int) -> Iterator[None]:
             listener.load_state_dict(state)
         run.frontier.undo()
         run.next_group = next_group
+        set_random_state(dice, run.world.device)
         save(run, step)
         raise RunError(f"{error}\n{step} steps are saved: correct this and go on with resume=auto") from error
 

@@ -34,7 +34,7 @@ START = ("start", "setup")
 PHASES = (*START, "evaluate", "sync", "generate", "reward", "score", "train", "log", "checkpoint", "saving")
 """`saving`: while the folder of a checkpoint that is not whole is there, whatever the loop does meanwhile."""
 VARYING = ("unix_s", "time/", "sync/seconds", "sync/gb_per_s", "memory/")
-LONGEST_S = 400
+LONGEST_S = 1500
 RECIPE = """
 steps: STEPS
 save_every: 1
