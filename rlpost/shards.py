@@ -72,6 +72,8 @@ class Shards:
     def snapshot(self, tag: str, about: dict[str, Any]) -> Write:
         """Copy this rank's pieces into the host's memory; the result writes them below `tag`, with `about`."""
         state, steps = self.optimizer.state, self._adam_steps()
+        if steps is not None:
+            self._give_state(steps)  # to a weight that had no gradient yet, which stage 0 alone leaves without moments
         kinds = ("weight", *MOMENTS) if steps is not None else ("weight",)
         copies = {
             f"{kind}/{piece.name}@{piece.start}": piece.of(kind, state).to("cpu", torch.float32, copy=True)
@@ -99,6 +101,8 @@ class Shards:
             self.clear_optimizer()
         else:
             self._give_state(steps)
+            for state in self.optimizer.state.values():
+                state["step"].fill_(steps)
         with ExitStack() as stack:
             files = Files(folder, stack)
             for piece in self.pieces:
@@ -115,17 +119,14 @@ class Shards:
 
     def _adam_steps(self) -> int | None:
         """Steps that the moments have seen; None where there are none yet."""
-        steps = {int(state["step"]) for state in self.optimizer.state.values() if state}
-        assert len(steps) <= 1, steps  # one step counts for all, in every stage
-        return steps.pop() if steps else None
+        return max((int(state["step"]) for state in self.optimizer.state.values() if state), default=None)
 
     def _give_state(self, steps: int) -> None:
         for holder in {id(piece.holder): piece.holder for piece in self.pieces}.values():
             state = self.optimizer.state[holder]
             if not state:
-                state["step"] = torch.tensor(0.0)
+                state["step"] = torch.tensor(float(steps))
                 state |= {name: torch.zeros_like(holder, requires_grad=False) for name in MOMENTS}
-            state["step"].fill_(steps)
 
 
 def _held(wrapper: Any, name: str, param: Any) -> Iterator[Piece]:
