@@ -10,6 +10,16 @@ if TYPE_CHECKING:
     import torch
 
 
+def seed_all(seed: int) -> None:
+    """Start every generator of this process anew."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def random_state(device: torch.device) -> str:
     """Where every generator of this process stands, as JSON."""
     import numpy as np

@@ -26,6 +26,7 @@ from rlpost.parking import Parking, park_of
 from rlpost.peak import gauge_of
 from rlpost.plugins import bind
 from rlpost.policy import load_policy
+from rlpost.random_state import seed_all
 from rlpost.recipe import Recipe
 from rlpost.render import Renderer, check_lengths, generation_eos_ids, load_tokenizer
 from rlpost.samples import Samples
@@ -155,7 +156,7 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
 
 def resume(run: Run) -> None:
     """Go on from a checkpoint where the recipe asks for it and there is one, else with random numbers of the seed."""
-    torch.manual_seed(run.recipe.seed + run.world.rank)  # whatever was drawn while the parts were made
+    seed_all(run.recipe.seed + run.world.rank)  # whatever was drawn while the parts were made
     if run.recipe.resume == "never":
         return
     try:

@@ -101,7 +101,7 @@ class Shards:
             self.clear_optimizer()
         else:
             self._give_state(steps)
-            for state in self.optimizer.state.values():
+            for state in filter(None, self.optimizer.state.values()):
                 state["step"].fill_(steps)
         with ExitStack() as stack:
             files = Files(folder, stack)

@@ -180,6 +180,11 @@ class Job:
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
         return [{key: x for key, x in row.items() if not key.startswith(VARYING)} for row in rows]
 
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint."""
+        return self.folder / "checkpoints" / f"step-{self.saved_step():06d}"
+
     def saved_step(self) -> int:
         """Of the newest checkpoint; 0 where there is none."""
         folder = self.folder / "checkpoints"
@@ -222,11 +227,13 @@ class Report:
             self.differences.append(f"{job.name}: samples.jsonl")
         mine, alone = (Counter(text.splitlines()) for text in samples)
         self.repeated += (mine - alone).total()
-        step = f"step-{self.whole.saved_step():06d}"
-        weights = [checkpoint_weights(one.folder / "checkpoints" / step) for one in (job, self.whole)]
+        weights = [checkpoint_weights(one.last) for one in (job, self.whole)]
         odd = [name for name in weights[1] if not torch.equal(weights[0][name], weights[1][name])]
         if odd or weights[0].keys() != weights[1].keys():
             self.differences.append(f"{job.name}: weights {odd[:3]}")
+        dice = [file.read_text() for one in (job, self.whole) for file in sorted(one.last.glob("rank-*.json"))]
+        if dice[: self.whole.ranks] != dice[self.whole.ranks :]:
+            self.differences.append(f"{job.name}: random generators")
         if events(job.folder) != events(self.whole.folder):
             self.differences.append(f"{job.name}: TensorBoard")
 
