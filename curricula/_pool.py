@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from curricula._files import counts_of, difficulty_of, is_file
+from rlpost.curriculum import in_memory
 from rlpost.errors import RunError
 from rlpost.types import Outcome, Task
 
@@ -351,20 +352,24 @@ def check_new(tasks: Sequence[Task], known: Collection[str]) -> None:
         raise RunError(f"tasks that are added must have new keys, each once (these are there: {', '.join(again[:5])})")
 
 
-def packed(array: np.ndarray) -> str:
-    """An array as text.
+def packed(array: np.ndarray) -> Any:
+    """An array as text; as it is, copied, where the state is kept in memory.
 
     >>> import numpy as np
     >>> unpacked(packed(np.array([1, 2], dtype="<i4")), "<i4").tolist()
     [1, 2]
     """
+    if in_memory.get():
+        return array.copy()
     return base64.b64encode(zlib.compress(array.tobytes(), 1)).decode("ascii")
 
 
-def unpacked(text: str, kind: str) -> np.ndarray:
-    """What `packed` made text of."""
+def unpacked(text: Any, kind: str) -> np.ndarray:
+    """What was given to `packed`."""
     import numpy as np
 
+    if not isinstance(text, str):
+        return text.astype(kind)
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=kind).copy()
 
 

@@ -17,6 +17,7 @@ from rlpost.check_explore import explore_problems
 from rlpost.check_parallel import parallel_problems
 from rlpost.check_secrets import secret_problems
 from rlpost.errors import RecipeError
+from rlpost.metrics import metric_info
 from rlpost.plugins import bind, did_you_mean
 from rlpost.recipe import Recipe, Sft, read
 from rlpost.sources import kind_of, source_problems
@@ -44,7 +45,7 @@ _BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
     (
         ">= 0",
         lambda x: 0 <= x < math.inf,
-        "seed save_every algorithm.kl.coef algorithm.kl.reset.every algorithm.kl.reset.kl_spike "
+        "seed save_every keep_every algorithm.kl.coef algorithm.kl.reset.every algorithm.kl.reset.kl_spike "
         "algorithm.kl.reset.patience algorithm.kl.reset.min_gap algorithm.entropy.coef algorithm.entropy.target "
         "algorithm.entropy.delta algorithm.entropy.low algorithm.entropy.high algorithm.imitation_coef "
         "algorithm.critic.pretrain_steps engine.weight_decay engine.warmup_steps engine.grad_clip sft.warmup_steps "
@@ -372,6 +373,11 @@ def _run(recipe: Recipe) -> list[str]:
         problems.append(f"run_dir must be writable (got {recipe.run_dir}, and {nearest} is not): choose another")
     if recipe.resume not in ("never", "auto") and not Path(recipe.resume).expanduser().exists():
         problems.append(f"resume must be never, auto, or the path of a checkpoint that exists (got {recipe.resume!r})")
+    if recipe.keep_best is not None:
+        try:
+            metric_info(recipe.keep_best.removeprefix("-"))
+        except ValueError:
+            problems.append(f"keep_best must be a metric such as eval/pass@1, or -eval/... (got {recipe.keep_best!r})")
     if recipe.logging.wandb is not None and find_spec("wandb") is None:
         problems.append("logging.wandb needs the package wandb: install it, or set logging.wandb=null")
     return problems

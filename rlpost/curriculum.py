@@ -11,14 +11,31 @@ Beside its five methods a curriculum may have
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlpost.document import Document
 from rlpost.errors import SharedError
 from rlpost.types import Group, Task
-from rlpost.world import Ranks
+
+if TYPE_CHECKING:
+    from rlpost.document import Document
+    from rlpost.world import Ranks
+
+in_memory: ContextVar[bool] = ContextVar("in_memory", default=False)
+"""Whether `state_dict` is asked for a copy to go back to in this process: what is costly to make text of may stay."""
+
+
+@contextmanager
+def kept_in_memory() -> Iterator[None]:
+    """States that are asked for in this block never reach a file."""
+    token = in_memory.set(True)
+    try:
+        yield
+    finally:
+        in_memory.reset(token)
 
 
 def choice(run: Any, size: int) -> list[Task]:

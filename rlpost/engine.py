@@ -23,10 +23,13 @@ from rlpost.parking import Parking, Shelf
 from rlpost.policy import Policy, seen
 from rlpost.recipe import EngineRecipe
 from rlpost.sequence_parallel import columns_of
+from rlpost.shards import Shards, Write, save_tensors, whole_weights
 from rlpost.types import Micro
 from rlpost.weights import PREFIX, WeightStream
 from rlpost.world import World
 
+COUNTS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+"""What DeepSpeed counts."""
 REFERENCE_FILE = "reference.safetensors"
 LARGEST_BUCKET = 500_000_000
 """Gradients that are reduced at once; DeepSpeed's default."""
@@ -55,9 +58,6 @@ class Trained:
         self._norm: float | None = None
         module.to(world.device)
         trained = [param for param in module.parameters() if param.requires_grad]
-        self._all_trained = len(trained) == len(list(module.parameters()))
-        if not self._all_trained:
-            module.register_state_dict_post_hook(_keep_trained)
         optimizer = torch.optim.AdamW(
             trained,
             lr=recipe.lr,
@@ -78,6 +78,7 @@ class Trained:
             dist_init_required=False,
         )
         self.shelf = Shelf(module, world.device, self.deepspeed.optimizer, self.deepspeed.basic_optimizer)
+        self.shards = Shards(self.deepspeed, world.rank, world.size)
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradient to that of the optimizer step in progress."""
@@ -100,30 +101,33 @@ class Trained:
 
     def clear_optimizer(self) -> None:
         """Forget the optimizer's moments and step counts; weights and learning-rate schedule stay as they are."""
-        for state in self.deepspeed.basic_optimizer.state.values():
-            for value in state.values():
-                value.zero_()  # in place: DeepSpeed keeps views of the moments
+        self.shards.clear_optimizer()
+
+    def snapshot(self) -> Write:
+        """Copy trained weights, optimizer and schedule; every rank calls it, and the result writes its own shard."""
+        self.shelf.back()
+        counts = {name: getattr(self.deepspeed, name) for name in COUNTS}
+        schedule = self.deepspeed.lr_scheduler.last_epoch
+        return self.shards.snapshot(self.tag, {"updates": self.updates, "schedule": schedule, "counts": counts})
 
     def save(self, folder: Path) -> None:
         """Write trained weights, optimizer and schedule; every rank calls it and writes its own shard."""
-        self.shelf.back()
-        updates = {"updates": self.updates}
-        self.deepspeed.save_checkpoint(
-            str(folder), tag=self.tag, client_state=updates, exclude_frozen_parameters=not self._all_trained
-        )
+        self.snapshot()(folder)
+        self.world.barrier()
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, with the same number of ranks."""
-        if not (folder / self.tag).is_dir():
-            raise RunError(
-                f"resume: {folder} must hold an engine checkpoint (it has no folder {self.tag}): choose another, or "
-                "start with resume=never"
-            )
+        """Read what was saved, with any number of ranks and any ZeRO stage."""
         self.shelf.back()
-        _, client_state = self.deepspeed.load_checkpoint(
-            str(folder), tag=self.tag, load_module_strict=self._all_trained
-        )
-        self.updates = int(client_state["updates"])
+        about = self.shards.load(folder / self.tag)
+        self.updates = int(about["updates"])
+        for name, count in about["counts"].items():
+            setattr(self.deepspeed, name, count)
+        schedule, groups = self.deepspeed.lr_scheduler, self.deepspeed.basic_optimizer.param_groups
+        schedule.last_epoch = int(about["schedule"])
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+        for group, lr in zip(groups, schedule._last_lr, strict=True):
+            group["lr"] = lr
 
     def _clip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -131,13 +135,6 @@ class Trained:
         if not math.isfinite(self._norm):  # as DeepSpeed's other paths do by themselves
             for param in params:
                 param.grad = None
-
-
-def _keep_trained(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Take all but the trained weights out of a state dict; DeepSpeed leaves tied ones and what quantization needs."""
-    trained = {f"{prefix}{name}" for name, param in module.named_parameters() if param.requires_grad}
-    for name in state.keys() - trained:
-        del state[name]
 
 
 class Engine(Trained):
@@ -169,8 +166,8 @@ class Reference(Protocol):
     def follow(self, engine: Engine) -> None:
         """Become a copy of the policy in training as it is now; every rank calls it."""
 
-    def save(self, folder: Path) -> None:
-        """Write what it has become."""
+    def snapshot(self) -> Write:
+        """Copy what it has become; the result writes it."""
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote."""
@@ -193,8 +190,9 @@ class WithoutAdapters:
         """Refused, as in `check`: the weights below the adapters do not move."""
         raise RunError("algorithm.kl.reset must be off with model.lora: set its triggers to 0, or model.lora=null")
 
-    def save(self, folder: Path) -> None:
+    def snapshot(self) -> Write:
         """Nothing: it is the model that the run began with."""
+        return lambda folder: None
 
     def load(self, folder: Path) -> None:
         """Nothing."""
@@ -227,23 +225,24 @@ class Frozen:
         """Become a copy of the policy in training as it is now; every rank calls it."""
         self._become(WeightStream(engine.deepspeed.module, bucket_bytes=engine.recipe.sync_bucket_mib << 20))
 
+    def snapshot(self) -> Write:
+        """Copy the weights, where they are no longer those that the run began with; every rank calls it."""
+        whole: dict[str, Tensor] = {}
+        if self.followed:
+            self.shelf.back()
+            for name, tensor in WeightStream(self.policy, bucket_bytes=self.recipe.sync_bucket_mib << 20):
+                if self.world.is_main:
+                    whole[name] = tensor.to("cpu", copy=True).contiguous()
+
+        def write(folder: Path) -> None:
+            if whole:
+                save_tensors(whole, folder / REFERENCE_FILE)
+
+        return write
+
     def save(self, folder: Path) -> None:
         """Write the weights, where they are no longer those that the run began with; every rank calls it."""
-        if not self.followed:
-            return
-        self.shelf.back()
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        whole: dict[str, Tensor] = {}
-        for name, tensor in WeightStream(self.policy, bucket_bytes=self.recipe.sync_bucket_mib << 20):
-            if self.world.is_main:
-                whole[name] = tensor.cpu().contiguous()
-        if self.world.is_main:
-            try:
-                save_file(whole, folder / REFERENCE_FILE)
-            except SafetensorError as error:  # a full disk, among others
-                raise OSError(str(error)) from error
+        self.snapshot()(folder)
         self.world.barrier()
 
     def load(self, folder: Path) -> None:
@@ -333,12 +332,5 @@ def _deepspeed() -> Any:
 
 
 def checkpoint_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The whole trained weights of the policy in a checkpoint, whatever ZeRO stage and number of ranks wrote it."""
-    _deepspeed()
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    whole = checkpoint / Engine.tag / "mp_rank_00_model_states.pt"
-    if whole.is_file():  # every stage but 3, which leaves only shards
-        # DeepSpeed's own pickle, written by this program.
-        return torch.load(whole, map_location="cpu", weights_only=False)["module"]
-    return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=Engine.tag)
+    """The whole trained weights of the policy in a checkpoint, float32, whatever ZeRO stage and ranks wrote it."""
+    return whole_weights(checkpoint / Engine.tag)

@@ -28,12 +28,27 @@ class Frontier:
         self._num_solved = 0
         self._changes: list[tuple[bool, float, float]] = []
         """Of this step's tasks that were tried before: whether solved before, pass rate before, pass rate now."""
+        self._before: dict[str, tuple[int | None, float | None]] = {}
+        """What stood there at `begin`, of the tasks that were tried since."""
+        self._num_before = 0
+
+    def begin(self) -> None:
+        """Start a step, which `undo` can take back; a copy of the record would cost more than most steps change."""
+        self._before, self._num_before, self._changes = {}, self._num_solved, []
+
+    def undo(self) -> None:
+        """Forget what was observed since `begin`."""
+        for key, (failures, rate) in self._before.items():
+            _put(self.failures, key, failures)
+            _put(self.rates, key, rate)
+        self._before, self._num_solved, self._changes = {}, self._num_before, []
 
     def observe(self, outcomes: Sequence[Outcome]) -> int:
         """Take note of what the policy did without help; how many tasks it solved at last."""
         newly_solved = 0
         for outcome in outcomes:
             before = self.failures.get(outcome.key)
+            self._before.setdefault(outcome.key, (before, self.rates.get(outcome.key)))
             judged = [passed for passed in outcome.passed if passed is not None]
             if judged:
                 rate = sum(judged) / len(judged)
@@ -67,5 +82,14 @@ class Frontier:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        self.failures, self.rates, self._changes = dict(state["failures"]), dict(state["rates"]), []
+        self.failures, self.rates = dict(state["failures"]), dict(state["rates"])
         self._num_solved = sum(count == 0 for count in self.failures.values())
+        self.begin()
+
+
+def _put(record: dict[str, Any], key: str, value: Any) -> None:
+    """Set what stood there, where something did."""
+    if value is None:
+        record.pop(key, None)
+    else:
+        record[key] = value

@@ -1,30 +1,59 @@
-"""The random generators of this process, taken and put back in memory: a step that is left never drew from them."""
+"""The random generators of a rank, as text: Python's, numpy's, and torch's on the CPU and on its GPU."""
 
 from __future__ import annotations
 
+import json
 import random
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
-def take(device: torch.device) -> dict[str, Any]:
-    """The state of Python's, numpy's and torch's own generators."""
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-    }
+def seed_all(seed: int) -> None:
+    """Start every generator of this process anew."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state(device: torch.device) -> str:
+    """Where every generator of this process stands, as JSON."""
+    import numpy as np
+    import torch
+
+    numpy_state = dict(np.random.get_state(legacy=False))
+    numpy_state["state"] = {**numpy_state["state"], "key": numpy_state["state"]["key"].tolist()}
+    found = {"python": random.getstate(), "numpy": numpy_state, "torch": _hex(torch.get_rng_state())}
     if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+        found["cuda"] = _hex(torch.cuda.get_rng_state(device))
+    return json.dumps(found)
 
 
-def put_back(state: dict[str, Any], device: torch.device) -> None:
-    """As they were when `take` was called."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+def set_random_state(text: str, device: torch.device) -> None:
+    """Go on where `random_state` was taken."""
+    import numpy as np
+    import torch
+
+    found = json.loads(text)
+    version, internal, gauss = found["python"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy_state = found["numpy"]
+    numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(_tensor(found["torch"]))
+    if device.type == "cuda" and "cuda" in found:
+        torch.cuda.set_rng_state(_tensor(found["cuda"]), device)
+
+
+def _hex(state: torch.Tensor) -> str:
+    return bytes(state.tolist()).hex()
+
+
+def _tensor(text: str) -> torch.Tensor:
+    import torch
+
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)

@@ -255,12 +255,22 @@ class Recipe:
     logging: Logging = field(default_factory=Logging)
     save_every: int = 50
     """Steps between checkpoints; 0: only at the end."""
+    save_in_background: bool = True
+    """Go on with training while a copy of the state, in the host's memory, is written."""
     keep_checkpoints: int = 2
+    """The newest so many stay."""
+    keep_every: int = 0
+    """Checkpoints of every so many steps stay as well; 0: none for that."""
+    keep_best: str | None = None
+    """A metric such as `eval/pass@1`: the checkpoint at its highest value stays as well, or with a minus in front of
+    the name that at its lowest. A checkpoint counts where the metric was logged since the one before it."""
     preempt: Preempt = field(default_factory=Preempt)
     failure: Failure = field(default_factory=Failure)
     watchdog: Watchdog = field(default_factory=Watchdog)
     resume: str = "never"
     """`never`, `auto` (from the newest whole checkpoint, or the start where there is none), or a checkpoint's path."""
+    resume_changed: bool = False
+    """Go on also where the recipe differs from the checkpoint's in what changes the numbers."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -13,7 +13,6 @@ import torch
 from rlpost.accounts import Accounts, Counted
 from rlpost.checkpoint import Checkpoints, Saves, open_run
 from rlpost.clock import Clock
-from rlpost.cluster_recipe import Failure
 from rlpost.critic import Critic, load_value_model
 from rlpost.devices import peak_here
 from rlpost.energy import meter
@@ -35,11 +34,13 @@ from rlpost.parking import Parking, park_of
 from rlpost.peak import gauge_of
 from rlpost.plugins import bind
 from rlpost.policy import load_policy, uses_flash_attention
+from rlpost.random_state import seed_all
 from rlpost.recipe import Recipe
 from rlpost.render import Renderer, check_lengths, generation_eos_ids, load_tokenizer
 from rlpost.samples import Samples
 from rlpost.score import BoundReward, bind_rewards
 from rlpost.sft import base_model
+from rlpost.shards import Write
 from rlpost.tasks import load_task_sets
 from rlpost.trackers import Trackers
 from rlpost.types import Sampling, Task
@@ -85,11 +86,13 @@ class Run:
     """Of the training tasks: what a curriculum may choose from, beside what was added to it."""
     evals: dict[str, Any] = field(default_factory=dict)
     """Held-out figures `before` and `after`."""
-    health: Health = field(default_factory=lambda: Health(Failure()))
+    health: Health = field(init=False)
     evaluation_due: bool = False
     """Whether the evaluation after the newest whole step is still to be done: the run was asked to leave in it."""
-    saved_step: int | None = None
-    """The step that this process saved last."""
+
+    def __post_init__(self) -> None:
+        """What follows from the recipe alone."""
+        self.health = Health(self.recipe.failure)
 
     @property
     def engines(self) -> Engines:
@@ -104,13 +107,18 @@ class Engines:
 
     parts: Sequence[Saves]
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's shards."""
-        for part in self.parts:
-            part.save(folder)
+    def snapshot(self) -> Write:
+        """Copy this rank's shards; the result writes them."""
+        writes = [part.snapshot() for part in self.parts]
+
+        def write(folder: Path) -> None:
+            for one in writes:
+                one(folder)
+
+        return write
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
+        """Read what was written."""
         for part in self.parts:
             part.load(folder)
 
@@ -166,15 +174,14 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
         noise=NoiseScale(world, every=recipe.logging.noise_every, group_size=recipe.sampling.group_size),
         trackers=Trackers(folder, recipe, world),
         samples=Samples(folder, recipe.logging.samples_per_step),
-        checkpoints=Checkpoints(folder, world, keep=recipe.keep_checkpoints),
+        checkpoints=make_checkpoints(recipe, folder, world),
         task_keys=frozenset(task.key for task in train_tasks),
-        health=Health(recipe.failure),
     )
 
 
 def resume(run: Run) -> None:
     """Go on from a checkpoint where the recipe asks for it and there is one, else with random numbers of the seed."""
-    torch.manual_seed(run.recipe.seed + run.world.rank)  # whatever was drawn while the parts were made
+    seed_all(run.recipe.seed + run.world.rank)  # whatever was drawn while the parts were made
     if run.recipe.resume == "never":
         return
     try:
@@ -186,6 +193,7 @@ def resume(run: Run) -> None:
 
 def _restore(run: Run) -> None:
     path = run.checkpoints.newest() if run.recipe.resume == "auto" else Path(run.recipe.resume)
+    sizes: dict[str, int] = {}
     if path is not None:
         state = run.checkpoints.load(path, run.engines)
         run.objective.load_state_dict(state["objective"])
@@ -200,9 +208,18 @@ def _restore(run: Run) -> None:
         run.evals.update(state["evals"])
         run.evaluation_due = bool(state.get("evaluation_due"))
         run.start_step = int(state["step"])
-    run.trackers.rewind(run.start_step)
+        if run.folder.resolve() in path.resolve().parents:  # else the files are of another run
+            sizes = state["sizes"]
+    run.trackers.rewind(run.start_step, sizes.get("metrics"))
     if run.world.is_main:
-        run.samples.rewind(run.start_step)
+        run.samples.rewind(run.start_step, sizes.get("samples"))
+
+
+def make_checkpoints(recipe: Recipe, folder: Path, world: World) -> Checkpoints:
+    """The run's checkpoints."""
+    background = world.apart() if recipe.save_in_background else None
+    keep, keep_every = recipe.keep_checkpoints, recipe.keep_every
+    return Checkpoints(folder, world, keep=keep, keep_every=keep_every, background=background)
 
 
 def make_renderer(recipe: Recipe, model: Path) -> Renderer:

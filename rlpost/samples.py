@@ -20,10 +20,10 @@ class Samples:
         self.path = run_dir / "samples.jsonl"
         self.per_step = per_step
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, size: int | None = None) -> None:
         """Forget the samples of `step` and later: the run continues there."""
         if self.per_step:
-            rewind_jsonl(self.path, step)
+            rewind_jsonl(self.path, step, size)
 
     def write(self, step: int, groups: Sequence[Group]) -> None:
         """Append this step's samples."""

@@ -19,16 +19,30 @@ if TYPE_CHECKING:
     from rlpost.world import World
 
 
-def rewind_jsonl(path: Path, step: int) -> None:
-    """Drop the lines of `step` and later, and a last line that a killed run left half written."""
+def rewind_jsonl(path: Path, step: int, size: int | None = None) -> None:
+    """Drop the lines of `step` and later, what stands behind `size` bytes, and a last line that is half written."""
     if not path.exists():
         return
     shorter = path.with_name(path.name + ".tmp")
-    with path.open(encoding="utf-8") as lines, shorter.open("w", encoding="utf-8") as kept:
-        kept.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step)
+    end = math.inf if size is None else size
+    with path.open("rb") as lines, shorter.open("wb") as kept:
+        at = 0
+        for line in lines:
+            at += len(line)
+            if at <= end and line.endswith(b"\n") and json.loads(line)["step"] < step:
+                kept.write(line)
         kept.flush()
         os.fsync(kept.fileno())
     shorter.replace(path)
+
+
+def settle(path: Path) -> int:
+    """Bytes of a file that is only added to, all of them on the disk; 0 where there is none."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
 
 
 class Trackers:
@@ -41,20 +55,26 @@ class Trackers:
         self._writes = world.is_main
         self._purge_step: int | None = None
         self._opened = False
+        self.newest: dict[str, float] = {}
+        """What was logged since the last `settle`, on every rank."""
         self._file: Any = None
         self._tensorboard: Any = None
         self._wandb: Any = None
 
-    def rewind(self, step: int) -> None:
-        """Forget figures of `step` and later, before anything is logged: the run continues there."""
+    def rewind(self, step: int, size: int | None = None) -> None:
+        """Forget figures of `step` and later, before anything is logged: the run continues there.
+
+        `size`: what `settle` said when the state was saved.
+        """
         if self._opened:
             raise RuntimeError("rewind() must come before the first log()")
         if self._writes:
-            rewind_jsonl(self._run_dir / "metrics.jsonl", step)
+            rewind_jsonl(self._run_dir / "metrics.jsonl", step, size)
             self._purge_step = step
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Write one line of figures; what is not finite becomes null, because JSON has no word for it."""
+        self.newest |= figures
         if not self._writes:
             return
         if not self._opened:
@@ -67,6 +87,13 @@ class Trackers:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log({"step": step, **figures})
+
+    def settle(self) -> int:
+        """Bring all figures to the disk, so that a state saved now has none before it missing; bytes of the lines."""
+        self.newest = {}
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+        return settle(self._run_dir / "metrics.jsonl") if self._writes else 0
 
     def close(self) -> None:
         """Flush and close whatever was opened."""

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from rlpost import figures, random_state
+from rlpost import figures
 from rlpost.batch import documents_of, in_parts, make_batch, with_scores
 from rlpost.behavior import with_behavior
 from rlpost.credit import credit
-from rlpost.curriculum import corrected
+from rlpost.curriculum import corrected, kept_in_memory
 from rlpost.document import Document
 from rlpost.errors import Preempted, RunError, SharedError
 from rlpost.evaluate import against_first, tabulate
 from rlpost.peak import fullest
 from rlpost.preempt import preemption
 from rlpost.progress import Progress
+from rlpost.random_state import random_state, set_random_state
 from rlpost.recipe import Recipe
 from rlpost.rollouts import gather
 from rlpost.run import Run, build, clock_of
 from rlpost.summary import write_summary
+from rlpost.trackers import settle
 from rlpost.types import Batch, Group, Micro
 from rlpost.update import update
 from rlpost.watchdog import Watchdog
@@ -39,7 +43,7 @@ def train(recipe: Recipe, world: World) -> Path:
     with Watchdog(recipe, world, clock):
         run = build(recipe, world, clock)
         shown = Progress(recipe, world, total_steps=recipe.steps, start=run.start_step)
-        with closing(run.generator), closing(run.trackers), shown as progress:
+        with closing(run.generator), closing(run.trackers), closing(run.checkpoints), shown as progress:
             preemption.check(world)
             if run.evaluator and "before" not in run.evals:
                 run.evals["before"] = evaluate(run, 0, progress)
@@ -55,7 +59,7 @@ def train(recipe: Recipe, world: World) -> Path:
                 if run.evaluator and every(recipe.evaluation.every, step) and step + 1 < recipe.steps:
                     evaluate_between(run, step + 1, progress)
                 if every(recipe.save_every, step) or step + 1 == recipe.steps:
-                    save(run, step + 1)
+                    save(run, step + 1, wait=False)
                 stop_if_due(run, step + 1)
             if run.evaluator:
                 run.evals["after"] = evaluate(run, recipe.steps, progress)
@@ -181,8 +185,7 @@ def stop_if_due(run: Run, step: int) -> None:
     broken = run.health.broken()
     if broken is None and (step == run.recipe.steps or not preemption.agree(run.world)):
         return
-    if run.saved_step != step:
-        save(run, step)
+    save(run, step)
     if broken is not None:
         raise RunError(f"{broken}\n{step} steps are saved: correct this and go on with resume=auto")
     raise Preempted(f"{preemption.message()}: {step} steps are saved, go on with resume=auto")
@@ -195,9 +198,11 @@ def saved_on_failure(run: Run, step: int) -> Iterator[None]:
     What the step drew and generated is forgotten, and comes again from the same seeds when the run goes on.
     """
     updates, next_group = run.engine.updates, run.next_group
-    listeners = run.curriculum, run.explorers, run.frontier, run.objective
-    states = [listener.state_dict() for listener in listeners]
-    dice = random_state.take(run.world.device)
+    listeners = run.curriculum, run.explorers, run.objective
+    run.frontier.begin()
+    dice = random_state(run.world.device)
+    with kept_in_memory():
+        states = [listener.state_dict() for listener in listeners]
     try:
         yield
     except SharedError as error:
@@ -205,10 +210,10 @@ def saved_on_failure(run: Run, step: int) -> Iterator[None]:
             raise
         for listener, state in zip(listeners, states, strict=True):
             listener.load_state_dict(state)
+        run.frontier.undo()
         run.next_group = next_group
-        random_state.put_back(dice, run.world.device)
-        if run.saved_step != step:
-            save(run, step)
+        set_random_state(dice, run.world.device)
+        save(run, step)
         if isinstance(error, Preempted):
             raise Preempted(f"{error}: {step} steps are saved, go on with resume=auto") from error
         raise RunError(f"{error}\n{step} steps are saved: correct this and go on with resume=auto") from error
@@ -246,10 +251,13 @@ def evaluate(run: Run, step: int, progress: Progress) -> dict[str, float]:
     return result
 
 
-def save(run: Run, step: int) -> None:
-    """Write a checkpoint of everything that has a state, after `step` whole steps."""
+def save(run: Run, step: int, *, wait: bool = True) -> None:
+    """Write a checkpoint of everything that has a state, after `step` whole steps; it may be written in a thread."""
     with run.clock("checkpoint"):
+        score = score_of(run.recipe.keep_best, run.trackers.newest)
         state = {
+            "recipe": asdict(run.recipe),
+            "sizes": {"metrics": run.trackers.settle(), "samples": settle(run.samples.path)},
             "curriculum": run.curriculum.state_dict(),
             "explorers": run.explorers.state_dict(),
             "frontier": run.frontier.state_dict(),
@@ -263,12 +271,25 @@ def save(run: Run, step: int) -> None:
             "evaluation_due": run.evaluation_due,
             "model": str(run.model),
         }
-        run.checkpoints.save(step, run.engines, state)
-    run.saved_step = step
+        run.checkpoints.save(step, run.engines, state, score=score, wait=wait)
+
+
+def score_of(metric: str | None, logged: Mapping[str, float]) -> float | None:
+    """What a checkpoint is worth: the larger the better; None where that is not known.
+
+    >>> score_of("-critic/loss", {"critic/loss": 0.5}), score_of("eval/pass@1", {})
+    (-0.5, None)
+    """
+    value = logged.get((metric or "").removeprefix("-"), math.nan)
+    if not math.isfinite(value):
+        return None
+    return -value if (metric or "").startswith("-") else value
 
 
 def finish(run: Run, progress: Progress) -> None:
     """Write and show the summary."""
+    with run.clock("checkpoint"):
+        run.checkpoints.wait()
     run.clock.lap()
     peak_gib = fullest(run.world.all_gather_object(run.clock.total_peak_gib))
     if run.world.is_main:

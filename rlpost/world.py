@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from copy import copy
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar, cast
 
@@ -44,6 +45,8 @@ class World:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         self._neighbours: dict[int, Any] = {}
+        self._group: Any = None
+        """The process group of the collectives below; None: the one of all ranks."""
 
     @property
     def is_main(self) -> bool:
@@ -70,7 +73,14 @@ class World:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
-            dist.all_reduce(torch.zeros(1))
+            dist.all_reduce(torch.zeros(1), group=self._group)
+
+    def apart(self) -> World:
+        """The same ranks with collectives of their own, for a thread beside the loop; every rank calls it."""
+        other = copy(self)
+        if self.size > 1:
+            other._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        return other
 
     def neighbours(self, size: int) -> Any:
         """The process group of this rank among every `size` neighbouring ranks; every rank calls it."""
@@ -84,7 +94,7 @@ class World:
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item)
+        dist.all_gather_object(items, item, group=self._group)
         return items
 
     def together(self, work: Callable[[], T]) -> T:
@@ -118,7 +128,7 @@ class World:
         if self.size == 1:
             return value
         box = torch.tensor([value], dtype=torch.int64)
-        dist.all_reduce(box, op=op)
+        dist.all_reduce(box, op=op, group=self._group)
         return int(box.item())
 
 

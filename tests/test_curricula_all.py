@@ -17,6 +17,7 @@ from curricula.seta import Seta
 from curricula.staged import Staged
 from curricula.uniform import Uniform
 from rlpost.checkpoint import state_to_json
+from rlpost.curriculum import kept_in_memory
 from rlpost.errors import RunError
 from rlpost.types import Outcome, Task
 
@@ -111,6 +112,22 @@ def test_every_curriculum_resumes_exactly(name, steps):
     assert go_on(resumed, 6, start=steps) == go_on(whole, 6, start=steps)
     assert saved(resumed) == saved(whole)
     assert resumed.metrics() == whole.metrics()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_curriculum_goes_back_to_a_state_kept_in_memory(name):
+    """As a run does whose step failed before it trained on anything; the state is no part of what goes on."""
+    whole = make(name)
+    go_on(whole, 4)
+    state = saved(whole)
+    with kept_in_memory():
+        kept = whole.state_dict()
+    chosen = go_on(whole, 6, start=4)
+    whole.load_state_dict(kept)
+    assert saved(whole) == state
+    assert go_on(whole, 6, start=4) == chosen
+    whole.load_state_dict(kept)
+    assert saved(whole) == state
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -37,3 +37,30 @@ def test_frontier_resumes_exactly():
     for one in (frontier, resumed):
         one.observe([outcome("a", True), outcome("b", False)])
     assert resumed.figures() == frontier.figures() and resumed.state_dict() == frontier.state_dict()
+
+
+def test_a_step_that_is_taken_back_leaves_no_trace():
+    frontier = Frontier()
+    frontier.observe([outcome("a", False, False), outcome("b", True)])
+    frontier.figures()
+    before = frontier.state_dict()
+    frontier.begin()
+    assert frontier.observe([outcome("a", False), outcome("c", False), outcome("d", True)]) == 0
+    assert frontier.observe([outcome("a", True), outcome("c", True), outcome("b", False)]) == 2
+    for _ in range(2):
+        frontier.undo()
+        assert frontier.state_dict() == before
+        assert frontier.figures() == {"capability/revisited": 0, "capability/ever_solved_frac": 0.5}
+
+
+def test_only_the_step_since_begin_is_taken_back():
+    frontier = Frontier()
+    frontier.begin()
+    frontier.observe([outcome("a", False)])
+    frontier.begin()
+    frontier.observe([outcome("a", False, False)])
+    frontier.undo()
+    assert frontier.state_dict() == {"failures": {"a": 1}, "rates": {"a": 0.0}}
+    frontier.load_state_dict({"failures": {"z": 3}, "rates": {}})
+    frontier.undo()
+    assert frontier.failures == {"z": 3}

@@ -52,6 +52,33 @@ def test_rewind_leaves_no_gap_and_no_repeat(tmp_path):
     assert [row["x"] for row in lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 30, 40, 50]
 
 
+def test_rewind_drops_what_was_logged_after_the_state_was_saved(tmp_path):
+    """An evaluation of the last step is logged at that step, and again by a run that goes on from its checkpoint."""
+    first = Trackers(tmp_path, plain(), MAIN)
+    first.log(3, {"x": 1.0})
+    size = first.settle()
+    assert size == (tmp_path / "metrics.jsonl").stat().st_size and first.newest == {}
+    first.log(3, {"y": 2.0})
+    assert first.newest == {"y": 2.0}
+    first.close()
+    resumed = Trackers(tmp_path, plain(), MAIN)
+    resumed.rewind(4, size)
+    resumed.log(3, {"y": 3.0})
+    resumed.close()
+    assert [row.get("y") for row in lines(tmp_path / "metrics.jsonl")] == [None, 3.0]
+
+
+def test_figures_before_a_saved_state_are_in_tensorboard_though_the_run_is_killed(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = Trackers(tmp_path, Recipe(name="run"), MAIN)
+    tracker.log(0, {"x": 1.0})
+    tracker.settle()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()  # the writer is still open
+    assert [one.value for one in events.Scalars("x")] == [1.0]
+    tracker.close()
+
+
 def test_rewind_drops_a_line_that_was_half_written(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 1, "re')

@@ -57,7 +57,9 @@ class HfGenerator:
     def _sync(self, engine: Engine) -> None:
         trained = engine.deepspeed.module.model
         if self.model is None:
-            self.model = type(trained)(trained.config).to(self.world.device).eval()
+            gpus = [self.world.device] if self.world.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=gpus):  # a run that goes on makes it once more
+                self.model = type(trained)(trained.config).to(self.world.device).eval()
             for param in self.model.parameters():  # and no buffer: rotary frequencies stay in float32
                 param.data = param.data.to(trained.dtype)
         started = time.perf_counter()
