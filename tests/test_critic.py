@@ -142,7 +142,7 @@ def test_a_critic_resumes_exactly_beside_its_policy(single_rank, tmp_path, stage
 
 def test_loading_a_critic_from_a_checkpoint_without_one_says_which(single_rank, tmp_path):
     (tmp_path / "engine").mkdir()
-    with pytest.raises(RunError, match=r"must hold an engine checkpoint \(it has no folder critic\).*resume=never"):
+    with pytest.raises(RunError, match=r"must hold an engine checkpoint \(it has no critic/meta.json\).*resume=never"):
         make_critic(single_rank).load(tmp_path)
 
 

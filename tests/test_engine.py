@@ -195,7 +195,7 @@ def test_checkpoint_weights_are_the_policys(single_rank, tmp_path, stage, dtype)
 
 
 def test_loading_from_an_empty_folder_says_what_to_do(single_rank, tmp_path):
-    with pytest.raises(RunError, match=r"must hold an engine checkpoint \(it has no folder engine\).*resume=never"):
+    with pytest.raises(RunError, match=r"must hold an engine checkpoint \(it has no engine/meta.json\).*resume=never"):
         make_engine(single_rank, recipe()).load(tmp_path)
 
 
