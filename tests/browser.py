@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import time
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from websockets.sync.client import connect
 
+PAGE = Path(__file__).parent / "report_page.js"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
     "--headless",
@@ -50,7 +52,8 @@ class Browser:
         assert path is not None
         command = [path, *FLAGS, f"--user-data-dir={self.profile}", "about:blank"]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self._socket = connect(self._address(), max_size=None)
+        self._stack = ExitStack()
+        self._socket = self._stack.enter_context(connect(self._address(), max_size=None))
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         return self
@@ -58,7 +61,7 @@ class Browser:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._socket.close()
+        self._stack.close()
         self._process.terminate()
         self._process.wait(timeout=30)
 
@@ -113,11 +116,15 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def wait(self, script: str, *, seconds: float = 60) -> Any:
+    def ask(self, script: str) -> Any:
+        """The value of an expression that may use the functions of `report_page.js`."""
+        return self.run(f"(() => {{ {PAGE.read_text(encoding='utf-8')}\nreturn {script}; }})()")
+
+    def wait(self, script: str, *, seconds: float = 120) -> Any:
         """The value of an expression as soon as it is one that holds."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if value := self.run(script):
+            if value := self.ask(script):
                 return value
             time.sleep(0.05)
         raise AssertionError(f"the page never had {script}; {self.errors}")
@@ -126,6 +133,12 @@ class Browser:
         """A key, down and up."""
         for kind in ("rawKeyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+
+    def choose(self, label: str, value: Any) -> None:
+        """Give the field with this label a value, as a person does."""
+        field = f"document.querySelector({json.dumps(f'[aria-label={json.dumps(label)}]')})"
+        events = "for (const kind of ['input', 'change']) field.dispatchEvent(new Event(kind));"
+        self.run(f"(() => {{ const field = {field}; field.value = {json.dumps(value)}; {events} }})()")
 
     def picture(self, file: Path | None = None) -> bytes:
         """The window as PNG."""

@@ -223,7 +223,8 @@ function pointer(plot, image, series, box, X, Y, xName) {
     const move = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10, Home: -1e9, End: 1e9 }[event.key];
     if (!move) return;
     event.preventDefault();
-    show(place < 0 ? (move > 0 ? 0 : every.length - 1) : place + move);
+    const begin = event.key === "End" || (move < 0 && event.key !== "Home") ? every.length - 1 : 0;
+    show(place < 0 ? begin : place + move);
   });
   return [tip];
 }

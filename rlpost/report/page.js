@@ -139,7 +139,7 @@ function start(data) {
   function controls() {
     const box = document.getElementById("controls");
     const axes = ["step", "tokens", "FLOPs", "hours"].filter((axis) => runs.some((run) => run.steps.x[axis]));
-    const axis = h("select", { onchange: () => { setting.axis = axis.value; redrawAll(); } }, axes.map((name) => h("option", {}, name)));
+    const axis = h("select", { "aria-label": "horizontal axis", onchange: () => { setting.axis = axis.value; redrawAll(); } }, axes.map((name) => h("option", {}, name)));
     const smooth = h("input", { type: "range", min: 0, max: 0.98, step: 0.02, value: setting.smooth, oninput: () => { setting.smooth = +smooth.value; redrawAll(); } });
     box.append(h("label", {}, "by", axis), h("label", {}, "smooth", smooth));
     if (setting.seeds) box.append(h("label", {}, h("input", { type: "checkbox", checked: true, onchange: (event) => { setting.seeds = event.target.checked; redrawAll(); } }), "mean over seeds"));
