@@ -71,6 +71,8 @@ def test_figures_of_a_rollout():
     assert unpacked(by_token["advantage"]) == pytest.approx([1.0, -0.5], abs=0.01)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("more", [[], ["algorithm.minibatches=2"]], ids=["a pass of its own", "scored by the step"])
 def test_a_run_writes_what_trainer_and_generator_say_of_each_token(lab, single_rank, more):
     name = f"tokens-{len(more)}"
