@@ -137,8 +137,7 @@ def build(recipe: Recipe, world: World, clock: Clock) -> Run:
 def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
     """The parts, new; text is checked before anything is trained, and the generator takes its memory last."""
     train_tasks, eval_tasks = load_task_sets(recipe)
-    rewards = bind_rewards(recipe.rewards, recipe.failure)
-    curriculum = make_curriculum(recipe, train_tasks)
+    rewards, curriculum = bind_rewards(recipe.rewards, recipe.failure), make_curriculum(recipe, train_tasks)
     start = model_folder(recipe, world)
     renderer = make_renderer(recipe, start)
     sampling = training_sampling(recipe, train_tasks, renderer)

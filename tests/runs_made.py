@@ -57,7 +57,7 @@ def make_run(
     recipe = {"name": name, "seed": seed, "steps": steps, "engine": {"lr": lr}, "rewards": [{"use": "exact_chain"}]}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     if finished:
-        (folder / "summary.json").write_text(json.dumps(summary(name, steps)))
+        (folder / "summary.json").write_text(json.dumps(summary(name, steps) | {"recipe": recipe}))
     return folder
 
 
