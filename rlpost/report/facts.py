@@ -34,7 +34,7 @@ def _reached(history: History) -> Iterator[Fact]:
             yield [f"held-out pass@1, {label}", value, f"after {done} steps", pair]
     last = [row["reward/mean"] for row in history.steps[-5:] if row.get("reward/mean") is not None]
     if last:
-        yield [f"reward, mean of the last {len(last)} steps", short(sum(last) / len(last), 4), ""]
+        yield ["reward, newest steps", short(sum(last) / len(last), 4), f"mean of {len(last)}"]
 
 
 def _spent(history: History) -> Iterator[Fact]:

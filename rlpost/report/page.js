@@ -177,8 +177,8 @@ function alarmsOf(run, several) {
 
 function fitsOf(fits) {
   return [fits.note ? h("p", { class: "soft" }, fits.note) : null,
-    h("div", { class: "grid" }, (fits.every || []).map((fit) => h("article", { class: fit.images.length ? "card fit wide" : "card fit" }, h("h3", {}, fit.title), fit.formula ? h("p", { class: "soft" }, fit.formula) : null,
-      fit.estimates.length ? tableOf({ head: ["what", "value", "95 %", "meaning"], rows: fit.estimates }) : null,
+    h("div", { class: "grid" }, (fits.every || []).map((fit) => h("article", { class: "card fit" }, h("h3", {}, fit.title), fit.formula ? h("p", { class: "soft" }, fit.formula) : null,
+      fit.estimates.length ? h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `${fit.title}, estimates` }, tableOf({ head: ["what", "value", "95 %", "meaning"], rows: fit.estimates })) : null,
       fit.lines.map((line) => h("p", { class: "small" }, line)),
       fit.images.map(([alt, data]) => h("img", { src: data, alt })))))];
 }
