@@ -138,8 +138,7 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
     """The parts, new; text is checked before anything is trained, and the generator takes its memory last."""
     train_tasks, eval_tasks = load_task_sets(recipe)
     rewards, curriculum = bind_rewards(recipe.rewards, recipe.failure), make_curriculum(recipe, train_tasks)
-    start = model_folder(recipe, world)
-    renderer = make_renderer(recipe, start)
+    renderer = make_renderer(recipe, start := model_folder(recipe, world))
     sampling = training_sampling(recipe, train_tasks, renderer)
     evaluator = make_evaluator(recipe, eval_tasks, renderer, rewards, world)
     folder = open_run(recipe, world)
