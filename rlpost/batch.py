@@ -26,6 +26,8 @@ def with_scores(documents: Sequence[Document], packer: Packer, world: Ranks, sco
     """The documents with what a forward pass says of their completion tokens; every rank runs as many passes."""
     documents, own = packer.columns.together(documents)
     layout = packer.layout(documents)
+    # Before the first pass: with sharded weights a pass waits for all ranks, and so does this.
+    missing = world.max(len(layout)) - len(layout)
     found: list[dict[str, Tensor]] = [{} for _ in documents]
     with torch.no_grad():
         for rows in layout:
@@ -35,7 +37,7 @@ def with_scores(documents: Sequence[Document], packer: Packer, world: Ranks, sco
                     for i, place, tokens in _spans(row, documents):
                         found[i][name] = torch.zeros(len(documents[i].token_ids))
                         found[i][name][tokens] = x_T[place]
-        for _ in range(world.max(len(layout)) - len(layout)):
+        for _ in range(missing):
             score_of(packer.empty())
     return [replace(one, scores={**one.scores, **scores}) for one, scores in zip(documents, found, strict=True)][own]
 

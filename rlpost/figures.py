@@ -40,7 +40,8 @@ def log_rollouts(run: Run, step: int, groups: list[Group], kept: list[Group], wa
     metrics.sum("tokens/discarded", sum(len(rollout.token_ids) for rollout in thrown_away))
     metrics.last("groups/waves", waves)
     if run.world.is_main:
-        run.samples.write(step, groups)
+        run.samples.choose(groups)
+        run.chosen.write(step)
 
 
 def _log_group(metrics: Metrics, group: Group) -> None:

@@ -83,6 +83,7 @@ def wave(run: Run, step: int, size: int) -> list[Group]:
     with run.clock("reward"):
         outcomes = outcomes_of(run, step, groups)
         run.curriculum.observe(outcomes)
+        run.chosen.observe(outcomes)
         run.explorers.observe(outcomes)
         run.metrics.sum("explore/newly_solved", run.frontier.observe(outcomes) if world.is_main else 0)
         add_length_rewards(groups, recipe.algorithm.length, budget=recipe.sampling.max_new_tokens, step=step)

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from rlpost.accounts import Accounts, Counted
+from rlpost.alarms import Lookout
 from rlpost.checkpoint import Checkpoints, Saves, open_run
+from rlpost.chosen import Chosen, difficulty_of_tasks
 from rlpost.clock import Clock
 from rlpost.critic import Critic, load_value_model
 from rlpost.devices import peak_here
@@ -23,6 +25,7 @@ from rlpost.explorers import Explorers
 from rlpost.frontier import Frontier
 from rlpost.generate.base import Canary, Generator, canary_tokens
 from rlpost.health import Health
+from rlpost.history import lines_of
 from rlpost.law import EntropyLaw
 from rlpost.metrics import Metrics
 from rlpost.model_costs import model_costs
@@ -76,7 +79,9 @@ class Run:
     noise: NoiseScale
     trackers: Trackers
     samples: Samples
+    chosen: Chosen
     checkpoints: Checkpoints
+    lookout: Lookout = field(default_factory=Lookout)
     frontier: Frontier = field(default_factory=Frontier)
     law: EntropyLaw = field(default_factory=EntropyLaw)
     start_step: int = 0
@@ -140,10 +145,8 @@ def build(recipe: Recipe, world: World, clock: Clock) -> Run:
 def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
     """The parts, new; text is checked before anything is trained, and the generator takes its memory last."""
     train_tasks, eval_tasks = load_task_sets(recipe)
-    rewards = bind_rewards(recipe.rewards, recipe.failure)
-    curriculum = make_curriculum(recipe, train_tasks)
-    start = model_folder(recipe, world)
-    renderer = make_renderer(recipe, start)
+    rewards, curriculum = bind_rewards(recipe.rewards, recipe.failure), make_curriculum(recipe, train_tasks)
+    renderer = make_renderer(recipe, start := model_folder(recipe, world))
     sampling = training_sampling(recipe, train_tasks, renderer)
     evaluator = make_evaluator(recipe, eval_tasks, renderer, rewards, world)
     folder = open_run(recipe, world)
@@ -174,6 +177,7 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
         noise=NoiseScale(world, every=recipe.logging.noise_every, group_size=recipe.sampling.group_size),
         trackers=Trackers(folder, recipe, world),
         samples=Samples(folder, recipe.logging.samples_per_step),
+        chosen=make_chosen(recipe, folder, train_tasks, world),
         checkpoints=make_checkpoints(recipe, folder, world),
         task_keys=frozenset(task.key for task in train_tasks),
     )
@@ -213,6 +217,8 @@ def _restore(run: Run) -> None:
     run.trackers.rewind(run.start_step, sizes.get("metrics"))
     if run.world.is_main:
         run.samples.rewind(run.start_step, sizes.get("samples"))
+        run.chosen.rewind(run.start_step)
+        run.lookout = Lookout(lines_of(run.folder / "metrics.jsonl"))
 
 
 def make_checkpoints(recipe: Recipe, folder: Path, world: World) -> Checkpoints:
@@ -233,6 +239,13 @@ def make_curriculum(recipe: Recipe, tasks: list[Task]) -> Any:
     """The curriculum that the recipe names, over the training tasks."""
     curriculum = bind(recipe.curriculum, "curricula", where="curriculum", skip=1, supplied=("seed",))
     return curriculum(tasks, seed=recipe.seed)
+
+
+def make_chosen(recipe: Recipe, folder: Path, tasks: list[Task], world: World) -> Chosen:
+    """What is written of the tasks that each step chooses."""
+    mine = tasks if world.is_main else []
+    columns = ("difficulty", recipe.evaluation.by)
+    return Chosen(folder, mine, difficulty=difficulty_of_tasks(mine, recipe.curriculum, columns), writes=world.is_main)
 
 
 def training_sampling(recipe: Recipe, tasks: list[Task], renderer: Renderer) -> Sampling:

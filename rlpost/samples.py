@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from rich.text import Text
 from rlpost.trackers import rewind_jsonl
 from rlpost.types import Group, Rollout, Task
 
+REMEMBERED = 1 << 17
+"""Decoded tokens, and pairs of them, that are kept."""
+
 
 class Samples:
     """Writes `per_step` rollouts of a step; 0, as ranks other than the main one have it, writes none."""
@@ -19,19 +22,41 @@ class Samples:
     def __init__(self, run_dir: Path, per_step: int) -> None:
         self.path = run_dir / "samples.jsonl"
         self.per_step = per_step
+        self.chosen: list[Rollout] = []
+        """Of this step."""
+        self._decoded: dict[tuple[int, ...], str] = {}
 
     def rewind(self, step: int, size: int | None = None) -> None:
         """Forget the samples of `step` and later: the run continues there."""
         if self.per_step:
             rewind_jsonl(self.path, step, size)
 
-    def write(self, step: int, groups: Sequence[Group]) -> None:
-        """Append this step's samples."""
-        chosen = best_and_worst([rollout for group in groups for rollout in group.rollouts], self.per_step)
+    def choose(self, groups: Sequence[Group]) -> None:
+        """Take this step's samples."""
+        self.chosen = best_and_worst([rollout for group in groups for rollout in group.rollouts], self.per_step)
+
+    def write(self, step: int, tokens: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Append what was chosen, each with its figures of tokens where there are some."""
+        chosen, self.chosen = self.chosen, []
         if not chosen:
             return
+        rows = [sample(step, rollout) for rollout in chosen]
+        for row, figures in zip(rows, tokens or (), strict=tokens is not None):
+            row["tokens"] = figures
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(sample(step, rollout), ensure_ascii=False) + "\n" for rollout in chosen)
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def remembered(self, decode: Callable[[tuple[int, ...]], str]) -> Callable[[tuple[int, ...]], str]:
+        """`decode`, asked once for each short run of tokens."""
+
+        def known(ids: tuple[int, ...]) -> str:
+            if ids not in self._decoded:
+                if len(self._decoded) > REMEMBERED:
+                    self._decoded.clear()
+                self._decoded[ids] = decode(ids)
+            return self._decoded[ids]
+
+        return known
 
 
 def best_and_worst(rollouts: Sequence[Rollout], n: int) -> list[Rollout]:

@@ -25,9 +25,11 @@ from rlpost.preempt import preemption
 from rlpost.progress import Progress
 from rlpost.random_state import random_state, set_random_state
 from rlpost.recipe import Recipe
+from rlpost.report.command import report_of_finished
 from rlpost.rollouts import gather
 from rlpost.run import Run, build, clock_of
 from rlpost.summary import write_summary
+from rlpost.token_figures import write_samples
 from rlpost.trackers import settle
 from rlpost.types import Batch, Group, Micro
 from rlpost.update import update
@@ -53,6 +55,7 @@ def train(recipe: Recipe, world: World) -> Path:
                 with saved_on_failure(run, step):
                     logged = train_step(run, step)
                 progress.update(step, logged)
+                raise_alarms(run, step, logged, progress)
                 for said in (adapt(run, step, logged), look_after(run, step, logged)):
                     if said:
                         progress.message(said)
@@ -76,7 +79,10 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         documents = with_behavior(run, documents)
         run.objective.begin(documents)
     with clock("batch"):
+        documents = credited(run, groups, documents)
         batches = make_batches(run, groups, documents, cells=run.noise.cells(step))
+    with clock("log"):
+        write_samples(run, step, groups, documents)
     warming_up = critic is not None and step < (recipe.algorithm.critic.pretrain_steps or 0)
     if recipe.algorithm.fresh_optimizer:
         engine.clear_optimizer()
@@ -124,17 +130,22 @@ def score_documents(run: Run, documents: list[Document]) -> list[Document]:
     return [next(scored) if document.inclusion else document for document in documents]
 
 
+def credited(run: Run, groups: list[Group], documents: list[Document]) -> list[Document]:
+    """Every token with its advantage."""
+    weights = {reward.name: reward.weight for reward in run.rewards}
+    kl_coef = run.objective.kl_coef
+    documents = credit(groups, documents, run.recipe.algorithm, weights, kl_coef=kl_coef, world=run.world)
+    return corrected(documents, groups, run.curriculum)
+
+
 def make_batches(run: Run, groups: list[Group], documents: list[Document], *, cells: int = 1) -> list[Batch]:
-    """The optimizer steps of one batch of rollouts, every token with its advantage and its weight.
+    """The optimizer steps of one batch of rollouts, every token with its weight.
 
     The first has its prompts in `cells`, for the gradient noise scale.
     """
-    algorithm, weights = run.recipe.algorithm, {reward.name: reward.weight for reward in run.rewards}
-    kl_coef, max_tokens = run.objective.kl_coef, algorithm.aggregation_tokens or 1
-    credited = credit(groups, documents, algorithm, weights, kl_coef=kl_coef, world=run.world)
-    credited = corrected(credited, groups, run.curriculum)
+    algorithm, max_tokens = run.recipe.algorithm, run.recipe.algorithm.aggregation_tokens or 1
     cut, ids = algorithm.minibatch_rollouts is not None, [group.id for group in groups]
-    parts = in_parts(credited, ids, updates_a_step(run.recipe), cut=cut)
+    parts = in_parts(documents, ids, updates_a_step(run.recipe), cut=cut)
     how: list[Any] = [run.packer, run.world, algorithm.aggregation, max_tokens]
     return [make_batch(part, *how, cells=1 if i else cells) for i, part in enumerate(parts)]
 
@@ -244,11 +255,20 @@ def evaluate(run: Run, step: int, progress: Progress) -> dict[str, float]:
         first = run.evals.setdefault("first", [row["correct"] for row in rows])
         result = tabulate(rows, run.evaluator.recipe.n) | against_first(rows, first)
         spent = run.accounts.close_evaluation(run.world.all_gather_object(run.accounts.take()))
-    run.trackers.log(max(step - 1, 0), {f"eval/{name}": value for name, value in result.items()} | spent)
+    logged = {f"eval/{name}": value for name, value in result.items()} | spent
+    run.trackers.log(max(step - 1, 0), logged)
     progress.message(
         f"evaluation after {step} steps: pass@1 {result['pass@1']:.3f} on {result['num_problems']:.0f} problems"
     )
+    raise_alarms(run, max(step - 1, 0), logged, progress)
     return result
+
+
+def raise_alarms(run: Run, step: int, logged: dict[str, float], progress: Progress) -> None:
+    """Say each alarm once, when a line of figures is the first to raise it."""
+    if run.world.is_main:
+        for alarm in run.lookout.observe(step, logged):
+            progress.message(alarm.line())
 
 
 def save(run: Run, step: int, *, wait: bool = True) -> None:
@@ -307,4 +327,6 @@ def finish(run: Run, progress: Progress) -> None:
         )
         progress.final(summary)
     run.trackers.close()
+    if run.world.is_main:
+        progress.message(report_of_finished(run.folder))
     run.world.barrier()

@@ -24,8 +24,14 @@ AT_HOME = {
     "datasets": {"rlpost/sources.py"},
     "pyarrow": {"rlpost/sources.py"},
     "reasoning_gym": {"rlpost/sources.py"},
-    "matplotlib": {"rlpost/scaling/plots.py", "rlpost/simulate/brorl.py"},
-    "rich": {"rlpost/catalogue.py", "rlpost/progress.py", "rlpost/samples.py", "rlpost/simulate/brorl.py"},
+    "matplotlib": {"rlpost/report/plots.py", "rlpost/scaling/plots.py", "rlpost/simulate/brorl.py"},
+    "rich": {
+        "rlpost/catalogue.py",
+        "rlpost/progress.py",
+        "rlpost/samples.py",
+        "rlpost/simulate/brorl.py",
+        "rlpost/watch.py",
+    },
     "scipy": {
         "curricula/_irt.py",
         "rlpost/scaling/bootstrap.py",
@@ -76,6 +82,13 @@ LIGHT = [
     "yaml_tree",
     "render",
     "score",
+    "alarms",
+    "history",
+    "watch",
+    "report.command",
+    "report.payload",
+    "report.page",
+    "report.rollouts",
 ]
 
 

@@ -7,7 +7,7 @@ import torch
 from threads import World
 from tiny import CPU, gradients, logp_and_entropy, ragged, tiny_policy
 
-from rlpost.batch import document, documents_of, in_parts, make_batch
+from rlpost.batch import document, documents_of, in_parts, make_batch, with_scores
 from rlpost.document import Document
 from rlpost.packing import DENSE_ROW_TOKENS, Packer, pack, row_tokens_of
 from rlpost.recipe import BatchRecipe, Model, Recipe
@@ -273,3 +273,25 @@ def test_rows_are_short_without_flash_attention_unless_the_recipe_says_otherwise
     recipe.batch = BatchRecipe(row_tokens=64)
     assert row_tokens_of(recipe) == 64
     assert row_tokens_of(Recipe(model=Model(attention="flash_attention_2"))) == 8192
+
+
+def test_ranks_agree_on_their_number_of_passes_before_the_first_one():
+    """A pass with sharded weights waits for all ranks: a rank with fewer documents must not wait elsewhere then."""
+    order = []
+
+    class Alone:
+        rank, size = 0, 1
+
+        def all_gather_object(self, item):
+            return [item]
+
+        def max(self, value):
+            order.append("max")
+            return value + 1
+
+    def score(micro):
+        order.append("pass")
+        return {"logp": torch.zeros(micro.tokens_BT.shape)}
+
+    [scored] = with_scores([Document((5,), (7, 1), (-0.1, -0.2))], packer(), Alone(), score)
+    assert order == ["max", "pass", "pass"] and scored.scores["logp"].tolist() == [0.0, 0.0]

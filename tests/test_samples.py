@@ -34,7 +34,9 @@ def test_best_and_worst_come_in_turn_and_unjudged_last():
 
 def test_written_sample_says_what_a_reader_needs(tmp_path):
     group = Group(0, Task("a", "1+1=", "2"), [rollout(1.0, text="ä2"), rollout(0.0)])
-    Samples(tmp_path, per_step=1).write(3, [group])
+    samples = Samples(tmp_path, per_step=1)
+    samples.choose([group])
+    samples.write(3)
     text = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
     assert "ä2" in text
     assert json.loads(text) == {
@@ -50,11 +52,28 @@ def test_written_sample_says_what_a_reader_needs(tmp_path):
     }
 
 
+def test_figures_of_tokens_stand_in_the_sample_and_are_forgotten_with_the_step(tmp_path):
+    samples = Samples(tmp_path, per_step=2)
+    samples.choose([Group(0, Task("a", "1+1=", "2"), [rollout(1.0), rollout(0.0)])])
+    samples.write(0, [{"advantage": 0.5}, {"advantage": -0.5}])
+    samples.write(0)
+    rows = [json.loads(line) for line in samples.path.read_text().splitlines()]
+    assert [(row["reward"], row["tokens"]) for row in rows] == [(1.0, {"advantage": 0.5}), (0.0, {"advantage": -0.5})]
+
+
+def test_short_runs_of_tokens_are_decoded_once(tmp_path):
+    asked = []
+    decode = Samples(tmp_path, per_step=1).remembered(lambda ids: asked.append(ids) or "x")
+    assert [decode((5,)), decode((5,)), decode((5, 6))] == ["x", "x", "x"]
+    assert asked == [(5,), (5, 6)]
+
+
 def test_rewind_forgets_later_steps(tmp_path):
     samples = Samples(tmp_path, per_step=2)
     group = Group(0, Task("a", "1+1=", "2"), [rollout(1.0), rollout(0.0)])
     for step in range(3):
-        samples.write(step, [group])
+        samples.choose([group])
+        samples.write(step)
     samples.rewind(1)
     rows = [json.loads(line) for line in samples.path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 0]
@@ -63,7 +82,8 @@ def test_rewind_forgets_later_steps(tmp_path):
 def test_zero_samples_write_no_file(tmp_path):
     samples = Samples(tmp_path, per_step=0)
     samples.rewind(0)
-    samples.write(0, [Group(0, Task("a", "1+1="), [rollout(1.0)])])
+    samples.choose([Group(0, Task("a", "1+1="), [rollout(1.0)])])
+    samples.write(0)
     assert list(tmp_path.iterdir()) == []
 
 
