@@ -27,7 +27,7 @@ from typing import Any
 
 from rlpost.__main__ import main as main_of_rlpost
 from rlpost.checkpoint import STEP_FOLDER
-from rlpost.metrics import Clock
+from rlpost.clock import Clock
 
 STEPS = 12
 START = ("start", "setup")
