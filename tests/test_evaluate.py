@@ -38,6 +38,8 @@ def test_tabulate_averages_over_problems_and_levels():
             "pass@1": (0.5 + 0 + 1) / 3,
             "pass@2": (5 / 6 + 0 + 1) / 3,
             "pass@4": 2 / 3,
+            "loss": 0.5,
+            "concentration": 0.75,
             "length_mean": 160 / 12,
             "truncated_frac": 4 / 12,
             "num_problems": 3,

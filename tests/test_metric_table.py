@@ -21,15 +21,19 @@ def coin(rollout):
     return float(sum(rollout.token_ids) % 2)
 
 
+def helped(rollout):
+    """Right under a hint and never alone, so that hints are asked for and trained."""
+    return float(rollout.role == "guided")
+
+
 def unsure(rollout):
     """Judges short answers only."""
     return 0.5 if len(rollout.token_ids) < 3 else None
 '''
+HELPED = "rewards=[{use: 'mylab.coins:helped'}]"
 COIN = "rewards=[{use: 'mylab.coins:coin'}, {use: 'mylab.coins:unsure', weight: 0.1}]"
-SEVENS = "rewards=[{use: 'mylab.rewards:sevens'}]"
-"""Rewards that differ though nothing passes, so that hints are asked for and what they bring is trained."""
 HINTS = (
-    "{source: solution, levels: [0.5, -1], unit: steps, separator: ';', template: '{hint}#{prompt}', use: guide, n: 2}"
+    "{source: solution, levels: [0.5, -1], separator: ';', template: '{hint}#{prompt}', use: guide, n: 2, place: add}"
 )
 LONG = ["tasks.train.solution=solution", "model.context=96"]
 RUNS = {
@@ -49,7 +53,7 @@ RUNS = {
     ],
     "ppo": [COIN, "algorithm.name=ppo", "steps=1", "algorithm.minibatches=2"],
     "kimi": [COIN, "algorithm.name=kimi_k15", "steps=1", "algorithm.interruption={text: ';', answer_tokens: 4}"],
-    "guide": [*LONG, "algorithm.name=guide_grpo", f"explore=[{HINTS}]", "steps=2", SEVENS],
+    "guide": [*LONG, "algorithm.name=guide_grpo", f"explore=[{HINTS}]", "steps=1", HELPED],
     "own": ["algorithm.loss={use: 'mylab.losses:length_mean'}", "steps=1"],
     "wide": ["algorithm.name=brorl", "explore.0.width=8", "explore.0.chunk=2", "steps=1"],
     "luffy": [*LONG, "algorithm.name=luffy", "steps=1"],
