@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlpost.metrics import OUTSIDE_STEP
+from rlpost.clock import OUTSIDE_STEP
 from tests.bench import runs
 
 RECIPE = "recipes/quickstart.yaml"
