@@ -99,9 +99,6 @@ class Run:
         """What follows from the recipe alone."""
         self.health = Health(self.recipe.failure)
 
-    def __post_init__(self) -> None:
-        self.health = Health(self.recipe.failure)
-
     @property
     def engines(self) -> Engines:
         """Every engine whose weights a checkpoint holds."""
