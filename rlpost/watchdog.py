@@ -202,7 +202,7 @@ class Watchdog:
         now[self.world.rank] = self._here()
         for rank, one in enumerate(now):
             told = one or {"at": "nowhere yet", "phase": "start", "idle_s": 0}
-            silent = "no sign of life (stopped, swapped out or dead); it was in"
+            silent = "no sign of life (stopped, swapped out or dead); a second before it was in"
             state = f"{told['idle_s']} s in" if alive[rank] else silent
             lines.append(f"  rank {rank} ({told['at']}): {state} phase {told['phase']}")
         print("\n".join(lines), file=sys.stderr, flush=True)
