@@ -10,14 +10,20 @@ from rlpost.cluster_recipe import Failure
 class Health:
     """Counts in a row; every rank sees the same figures, so all come to the same result."""
 
-    def __init__(self, failure: Failure, lr_key: str = "engine.lr") -> None:
-        self.failure, self.lr_key = failure, lr_key
+    def __init__(self, failure: Failure) -> None:
+        self.failure, self.lr_key = failure, ""
         self.empty_steps = 0
         self.skipped_in_a_row = 0
         self._was_short = False
 
-    def see(self, step: int, logged: Mapping[str, float], *, skipped_in_a_row: int) -> str | None:
-        """Look at the figures of a step; what to say of it where it is worth a line."""
+    def see(
+        self, step: int, logged: Mapping[str, float], *, skipped_in_a_row: int, lr_key: str = "engine.lr"
+    ) -> str | None:
+        """Look at the figures of a step, and at those of the model, by its key, whose gradients failed most often.
+
+        Returns what to say of it where it is worth a line.
+        """
+        self.lr_key = lr_key
         said = []
         if skipped_in_a_row > self.skipped_in_a_row:
             said.append(f"the gradient was not finite, and the policy is as it was ({skipped_in_a_row} in a row)")

@@ -16,6 +16,7 @@ from rlpost.errors import RunError
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EVERY_STEP = {"reward/mean", "policy/loss", "policy/entropy", "optim/grad_norm", "mismatch/k3", "groups/waves"}
 RESET_TWICE = ["algorithm.name=prorl_v2", "algorithm.kl.reset.every=2", "engine.lr=0.01", "steps=4"]
+RESET_TWICE += ["logging.noise_every=0"]  # which would train micro-batches that are not those that were scored
 OWN_LOSS = "algorithm.loss={use: 'mylab.losses:cispo_two_sided', high: 0.28}"
 
 

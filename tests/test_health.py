@@ -13,7 +13,9 @@ def test_gradients_that_are_not_finite_are_told_and_so_many_in_a_row_end_the_run
     health.see(3, FULL, skipped_in_a_row=1)
     assert health.broken() is None
     health.see(4, FULL, skipped_in_a_row=2)
-    assert "failure.gradients" in health.broken() and "engine.lr" in health.broken()
+    assert "failure.gradients" in health.broken() and "lower engine.lr" in health.broken()
+    health.see(5, FULL, skipped_in_a_row=3, lr_key="algorithm.critic.lr")
+    assert "lower algorithm.critic.lr" in health.broken()
 
 
 def test_steps_that_find_nothing_are_counted_in_a_row_and_end_the_run():

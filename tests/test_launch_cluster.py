@@ -47,7 +47,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.calls = folder, folder / "calls"
-        self.env = stand_in(folder, CALLS=str(self.calls))
+        self.env = stand_in(folder, CALLS=str(self.calls), RLPOST_HOME=str(folder))  # there is no .venv
         python = folder / "bin/python"
         python.write_text(FAKE_PYTHON)
         python.chmod(0o755)

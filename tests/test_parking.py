@@ -171,6 +171,8 @@ class RecordedLlm:
 
     def __init__(self, held):
         self.held, self.calls = held, []
+        cache = SimpleNamespace(enable_prefix_caching=True, block_size=16)
+        self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache))
 
     def say(self, what):
         self.calls.append((what, sorted(self.held())))
