@@ -33,7 +33,7 @@ STEPS = 12
 START = ("start", "setup")
 PHASES = (*START, "evaluate", "sync", "generate", "reward", "score", "train", "log", "checkpoint", "saving")
 """`saving`: while the folder of a checkpoint that is not whole is there, whatever the loop does meanwhile."""
-VARYING = ("unix_s", "time/", "sync/seconds", "sync/gb_per_s", "memory/")
+VARYING = ("unix_s", "time/", "total/device_s", "energy/", "total/energy", "sync/seconds", "sync/gb_per_s", "memory/")
 LONGEST_S = 1500
 RECIPE = """
 steps: STEPS
@@ -70,11 +70,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="of each number of ranks")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each run")
     parser.add_argument("--out", type=Path, default=Path("runs/torture"))
     options = parser.parse_args()
     found = {}
     for ranks in options.ranks:
-        found[str(ranks)] = torture(options.out / f"ranks-{ranks}", options.kills, ranks=ranks, seed=options.seed)
+        folder, how = options.out / f"ranks-{ranks}", {"seed": options.seed, "steps": options.steps}
+        found[str(ranks)] = torture(folder, options.kills, ranks=ranks, **how)
         print(json.dumps({str(ranks): found[str(ranks)]}), flush=True)
     (options.out / "torture.json").write_text(json.dumps(found, indent=2) + "\n")
     if any(one["differences"] or one["repeated_prompts"] or one["corrupt_loads"] for one in found.values()):
