@@ -12,7 +12,7 @@ from rlpost.recipe import Recipe
 OF_THE_START = ("name", "run_dir", "resume", "resume_changed")
 """Keys that say where a run is and how it starts: not worth a word."""
 HARMLESS = (
-    *("save_", "keep_", "logging.", "evaluation.", "batch."),
+    *("save_", "keep_", "logging.", "evaluation.", "batch.", "preempt.", "failure.", "watchdog."),
     *("generator.memory_frac", "generator.kv_cache_gib", "generator.max_num_seqs", "generator.sleep_level"),
     *("generator.enforce_eager", "generator.canary_tolerance", "engine.zero_stage", "engine.offload_", "engine.park"),
     *("engine.sequence_parallel", "engine.sync_bucket_mib", "model.gradient_checkpointing"),

@@ -29,7 +29,7 @@ class Failure:
     `reward/unjudged/<name>`."""
     gradients: int = 3
     """A gradient that is not finite is not stepped with, and counted; so many in a row end the run, state saved."""
-    empty_steps: int = 10
+    empty_steps: int = 100
     """Steps in a row that found no group to train on, after which the run ends with its state saved; 0: never."""
 
 

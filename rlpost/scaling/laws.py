@@ -92,7 +92,7 @@ def learning_efficiency(natural: Array, size_n: Any) -> Array:
     """k(N) = K_max / (1 + N_0 / N), for `[..., (K_max, N_0)]` and sizes `[n]`: arXiv:2509.25300.
 
     >>> learning_efficiency(np.array([0.1349, 13.09]), np.array([7.0, 72.0])).round(4).tolist()
-    [0.047, 0.1142]
+    [0.047, 0.1141]
     """
     sizes = np.asarray(size_n, dtype=float)
     return natural[..., :1] / (1 + natural[..., 1:2] / sizes)
