@@ -1,6 +1,7 @@
 import json
 import math
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -111,6 +112,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     for step in range(4):
         first.log(step, {"x": float(step)})
     first.close()
+    time.sleep(1.1)  # files are named by whole seconds and a counter of the process, whose 10 sorts before its 9
     resumed = Trackers(tmp_path, recipe, MAIN)
     resumed.rewind(2)
     resumed.log(2, {"x": 20.0})
