@@ -187,11 +187,9 @@ def leave_if_whole(run: Run, version: int) -> None:
 
 def look_after(run: Run, step: int, logged: dict[str, float]) -> str | None:
     """Count what goes wrong step after step; what to say of it."""
-    skipped = {"engine.lr": run.engine.skipped_in_a_row}
-    if run.critic is not None:
-        skipped["algorithm.critic.lr"] = run.critic.skipped_in_a_row
-    key = max(skipped, key=skipped.__getitem__)
-    return run.health.see(step, logged, skipped_in_a_row=skipped[key], lr_key=key)
+    engines = [run.engine] if run.critic is None else [run.engine, run.critic]
+    worst = max(engines, key=lambda engine: engine.skipped_in_a_row)
+    return run.health.see(step, logged, skipped_in_a_row=worst.skipped_in_a_row, lr_key=worst.lr_key)
 
 
 def stop_if_due(run: Run, step: int) -> None:
