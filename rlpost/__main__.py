@@ -18,6 +18,7 @@ from rlpost.preempt import PREEMPTED, preemption
 from rlpost.report.command import add_commands
 from rlpost.scaling.options import add_scaling
 from rlpost.simulate.options import add_simulations
+from rlpost.synth.options import add_synth
 
 if TYPE_CHECKING:
     from rlpost.recipe import Recipe
@@ -90,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint", type=Path, help="another than the newest, such as RUN/checkpoints/step-000010")
     command.set_defaults(run=export)
     add_hints(commands)
+    add_synth(commands)
     add_tables(commands)
     add_simulations(commands)
     add_scaling(commands)

@@ -1,0 +1,88 @@
+"""What every stage is given beside its rows: the recipe, the folder, and models by their name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlpost.errors import RunError
+from rlpost.recipe import Prompting, Recipe
+from rlpost.synth.store import digest
+
+if TYPE_CHECKING:
+    from rlpost.generate.writers import Writer
+    from rlpost.render import Renderer
+    from rlpost.world import World
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The surroundings of a stage."""
+
+    recipe: Recipe
+    world: World | None
+    """None in stages without a model."""
+    folder: Path
+    """Of the run's synthesis."""
+
+    @property
+    def seed(self) -> int:
+        """The recipe's."""
+        return self.recipe.seed
+
+    def writer(self, model: str, *, endpoint: str | None = None, prompting: Prompting | None = None) -> Writer:
+        """Whoever writes as `model`; in one process of vLLM there is one.
+
+        `policy` is the recipe's own model, after its `sft` section; a `.yaml` file is the model of that recipe, in the
+        same way; anything else is a folder or a name on the hub, or with `endpoint` the name that the server has.
+        """
+        from rlpost.generate.writers import Endpoint, FrozenVllm
+
+        if endpoint is not None:
+            return Endpoint(endpoint, model)
+        recipe, folder = self.folder_of(model)
+        if prompting is not None:
+            recipe = replace(recipe, tasks=replace(recipe.tasks, prompting=prompting))
+        return FrozenVllm(recipe, folder, self.renderer(recipe, folder), self._world())
+
+    def renderer(self, recipe: Recipe, folder: Path) -> Renderer:
+        """Prompts to token ids, for a model."""
+        from rlpost.run import make_renderer
+
+        return make_renderer(recipe, folder)
+
+    def folder_of(self, model: str) -> tuple[Recipe, Path]:
+        """The recipe that `model` is read with, and its folder, made where it has to be trained first."""
+        from rlpost.model_source import model_folder
+        from rlpost.sft import base_model
+
+        recipe = recipe_of(model, self.recipe)
+        world = self._world()
+        return recipe, base_model(recipe, world) if recipe.sft else model_folder(recipe, world)
+
+    def _world(self) -> World:
+        if self.world is None:
+            raise RunError("synth: a stage that uses a model must say so: `uses_model = True` on a filter's class")
+        return self.world
+
+
+def recipe_of(model: str, recipe: Recipe) -> Recipe:
+    """The recipe that describes `model`, with this one's generator and precision."""
+    if model == "policy":
+        return recipe
+    if model.endswith((".yaml", ".yml")):
+        from rlpost.recipe import load
+
+        return replace(load(model), run_dir=recipe.run_dir, generator=recipe.generator, seed=recipe.seed)
+    alone = replace(recipe.model, path=model, init=None, lora=None, context=None)
+    return replace(recipe, model=alone, sft=None)
+
+
+def shape_of(model: str, recipe: Recipe) -> str:
+    """What tells one model from another, without loading it."""
+    from dataclasses import asdict
+
+    found = recipe_of(model, recipe)
+    sft: Any = None if found.sft is None else asdict(found.sft)
+    return digest([asdict(found.model), sft, found.seed])
