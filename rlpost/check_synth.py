@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from rlpost.errors import RecipeError, RunError
-from rlpost.plugins import USER_CODE_ERRORS
+from rlpost.plugins import USER_CODE_ERRORS, bind
 from rlpost.recipe import Recipe
 
 _POSITIVE = ("number", "k", "n", "votes", "max_new_tokens", "epochs", "batch_size", "lr", "lora_rank")
@@ -70,7 +70,7 @@ def _online(recipe: Recipe) -> list[str]:
         return []
     problems = [
         f"synth.online.{key} must be > 0 (got {getattr(online, key)})"
-        for key in ("every", "seeds", "measure", "budget")
+        for key in ("every", "seeds", "number", "most", "measure", "budget")
         if getattr(online, key) <= 0
     ]
     problems += [
@@ -78,4 +78,10 @@ def _online(recipe: Recipe) -> list[str]:
         for key in ("below", "share", "diversity", "drop")
         if not 0 <= getattr(online, key) <= 1
     ]
+    try:
+        curriculum = bind(recipe.curriculum, "curricula", where="curriculum", skip=1, supplied=("seed",)).func
+    except RecipeError:
+        return problems  # which is said elsewhere
+    if inspect.isclass(curriculum) and not hasattr(curriculum, "add"):
+        problems.append(f"synth.online needs a curriculum with `add` (got {recipe.curriculum['use']}): try learnable")
     return problems

@@ -29,6 +29,13 @@ class Online:
     """Steps between rounds; before step 0 there is none."""
     seeds: int = 64
     """Training tasks of a round that the policy failed last, from which the generator goes on learning."""
+    number: int = 256
+    """Problems that a round samples, in place of `synth.sample.number`."""
+    path: str | None = None
+    """Take problems from this file instead of making any: `problems.jsonl` of a `rlpost synth` of somebody else, which
+    may grow; a run that resumes then adds what is in it by that time."""
+    most: int = 64
+    """Problems of a round that the policy answers."""
     below: float = 0.5
     """A task whose newest pass rate is lower is one that the policy fails."""
     measure: int = 8

@@ -62,6 +62,11 @@ class Written:
 class Writer(Protocol):
     """Whoever writes."""
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens at which its texts end; empty where it knows itself."""
+        ...
+
     def stream(self, asks: Iterable[Ask], sampling: Sampling, *, first: int = 0) -> Iterator[tuple[Ask, list[Written]]]:
         """Each request with its texts, as they are whole; `first`: so many log-probs of the first token."""
         ...
@@ -78,6 +83,11 @@ class FrozenVllm:
         self.renderer = renderer
         self.window = AHEAD * generator.max_num_seqs
         self.llm = start(replace(recipe, generator=generator), folder, renderer.context, world)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The model's end tokens."""
+        return self.renderer.stop_ids
 
     def stream(self, asks: Iterable[Ask], sampling: Sampling, *, first: int = 0) -> Iterator[tuple[Ask, list[Written]]]:
         """Keep vLLM filled from `asks`."""
@@ -119,6 +129,8 @@ def _params(ask: Ask, sampling: Sampling, first: int) -> Any:
 
 class Endpoint:
     """A chat model behind an OpenAI-compatible server; its key, if it wants one, is in OPENAI_API_KEY."""
+
+    stop_ids: tuple[int, ...] = ()
 
     def __init__(self, url: str, model: str, *, at_once: int = 64, timeout_s: float = 3600.0) -> None:
         import openai

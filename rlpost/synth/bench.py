@@ -11,8 +11,7 @@ from rlpost.recipe import Prompting, Recipe
 from rlpost.synth.store import digest
 
 if TYPE_CHECKING:
-    from rlpost.generate.writers import Writer
-    from rlpost.render import Renderer
+    from rlpost.generate.writers import FrozenVllm, Writer
     from rlpost.world import World
 
 
@@ -31,26 +30,25 @@ class Bench:
         """The recipe's."""
         return self.recipe.seed
 
-    def writer(self, model: str, *, endpoint: str | None = None, prompting: Prompting | None = None) -> Writer:
-        """Whoever writes as `model`; in one process of vLLM there is one.
+    def writer(self, model: str, endpoint: str | None = None) -> Writer:
+        """Whoever writes as `model`: here, or with `endpoint` behind a server that knows it by that name."""
+        from rlpost.generate.writers import Endpoint
+
+        return self.local(model) if endpoint is None else Endpoint(endpoint, model)
+
+    def local(self, model: str, *, prompting: Prompting | None = None) -> FrozenVllm:
+        """vLLM with `model`; a process has one.
 
         `policy` is the recipe's own model, after its `sft` section; a `.yaml` file is the model of that recipe, in the
-        same way; anything else is a folder or a name on the hub, or with `endpoint` the name that the server has.
+        same way; anything else is a folder or a name on the hub.
         """
-        from rlpost.generate.writers import Endpoint, FrozenVllm
+        from rlpost.generate.writers import FrozenVllm
+        from rlpost.run import make_renderer
 
-        if endpoint is not None:
-            return Endpoint(endpoint, model)
         recipe, folder = self.folder_of(model)
         if prompting is not None:
             recipe = replace(recipe, tasks=replace(recipe.tasks, prompting=prompting))
-        return FrozenVllm(recipe, folder, self.renderer(recipe, folder), self._world())
-
-    def renderer(self, recipe: Recipe, folder: Path) -> Renderer:
-        """Prompts to token ids, for a model."""
-        from rlpost.run import make_renderer
-
-        return make_renderer(recipe, folder)
+        return FrozenVllm(recipe, folder, make_renderer(recipe, folder), self._world())
 
     def folder_of(self, model: str) -> tuple[Recipe, Path]:
         """The recipe that `model` is read with, and its folder, made where it has to be trained first."""

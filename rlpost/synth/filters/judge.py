@@ -44,18 +44,16 @@ class Judge:
 
     def stream(self, rows: Iterable[Row]) -> Iterator[Row]:
         """A verdict a row, with the votes for yes and those that could be read."""
-        writer = self.bench.writer(self.model, endpoint=self.endpoint)
-        stops = () if self.endpoint is not None else writer.renderer.stop_ids  # type: ignore[attr-defined]
-        sampling = Sampling(self.max_new_tokens, self.temperature, stop_ids=stops)
-        asks = (
-            Ask(id, Task(id, self.prompt.replace("{problem}", row["prompt"])), self.votes, seed_of(self.bench.seed, id))
-            for row in rows
-            for id in [row["id"]]
-        )
-        for ask, written in writer.stream(asks, sampling):
+        writer = self.bench.writer(self.model, self.endpoint)
+        sampling = Sampling(self.max_new_tokens, self.temperature, stop_ids=writer.stop_ids)
+        for ask, written in writer.stream(map(self._ask, rows), sampling):
             said = [vote for one in written if (vote := self.vote(one.text)) is not None]
             reason = "the judge says nothing" if not said else None if 2 * sum(said) > len(said) else "ill-posed"
             yield {"id": ask.id, "reason": reason, "yes": sum(said), "votes": len(said)}
+
+    def _ask(self, row: Row) -> Ask:
+        task = Task(row["id"], self.prompt.replace("{problem}", row["prompt"]))
+        return Ask(row["id"], task, self.votes, seed_of(self.bench.seed, row["id"]))
 
     def vote(self, text: str) -> bool | None:
         """What a text says at its end; None where it says nothing."""

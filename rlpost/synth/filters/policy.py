@@ -42,20 +42,14 @@ class Policy:
     def stream(self, rows: Iterable[Row]) -> Iterator[Row]:
         """A verdict a row, with the pass rate."""
         writer, judge = self.bench.writer(self.model), passed_by(self.bench.recipe)
-        stops = writer.renderer.stop_ids  # type: ignore[attr-defined]
-        sampling = Sampling(self.max_new_tokens, self.temperature, stop_ids=stops)
-        asks = (
-            Ask(
-                row["id"],
-                task_of(row, answer=consensus(row["solutions"])[0]),
-                self.n,
-                seed_of(self.bench.seed, row["id"]),
-            )
-            for row in rows
-        )
-        for ask, written in writer.stream(asks, sampling):
+        sampling = Sampling(self.max_new_tokens, self.temperature, stop_ids=writer.stop_ids)
+        for ask, written in writer.stream(map(self._ask, rows), sampling):
             flags = [flag for flag in judge(ask.task, written) if flag is not None]
             yield {"id": ask.id, "reason": self._reason(flags), "passes": sum(flags), "tries": len(flags)}
+
+    def _ask(self, row: Row) -> Ask:
+        task = task_of(row, answer=consensus(row["solutions"])[0])
+        return Ask(row["id"], task, self.n, seed_of(self.bench.seed, row["id"]))
 
     def _reason(self, flags: list[bool]) -> str | None:
         if not flags:

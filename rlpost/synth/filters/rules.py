@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 from rlpost.synth.rows import Row
 
@@ -43,7 +44,7 @@ def is_stuck(text: str, times: int) -> bool:
     (True, False)
     """
     longest, run = 0, 0
-    for before, after in zip(text, text[1:], strict=False):
+    for before, after in pairwise(text):
         run = run + 1 if before == after else 0
         longest = max(longest, run + 1)
     if longest >= 10 * times:

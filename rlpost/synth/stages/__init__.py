@@ -1,1 +1,1 @@
-"""Stages of synthesis, one a file: a function `name(rows, bench, **parameters)` that yields a row for each it is given."""
+"""Stages of synthesis, one a file: functions `name(rows, bench, ...)` that yield a row for each they are given."""

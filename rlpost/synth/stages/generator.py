@@ -1,4 +1,4 @@
-"""The problem generator: a language model of problems alone, trained by the supervised loop. DiffGen, arXiv:2509.21070."""
+"""The problem generator: a language model of problems alone, by the supervised loop. DiffGen, arXiv:2509.21070."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rlpost.errors import RunError
 from rlpost.model_recipe import Lora
@@ -32,7 +32,6 @@ def generator(
     epochs: float = 1.0,
     batch_size: int = 128,
     lr: float = 5e-5,
-    schedule: Literal["constant", "linear", "cosine"] = "linear",
     warmup_frac: float = 0.1,
     weight_decay: float = 1e-4,
     betas: list[float] | None = None,
@@ -56,7 +55,6 @@ def generator(
         batch_size=batch_size,
         lr=lr,
         betas=betas or [0.9, 0.999],
-        schedule=schedule,
         warmup_steps=round(warmup_frac * steps),
         decay_frac=1 - warmup_frac,
         weight_decay=weight_decay,
@@ -89,10 +87,16 @@ def _recipe(recipe: Recipe, lora_rank: int | None) -> Recipe:
 
 def generator_of(bench: Bench) -> dict[str, Any]:
     """What the stage `train` has said of its model."""
-    path = bench.folder / "train" / "generator.json"
-    if not path.exists():
-        raise RunError(f"synth: the stage train must be whole before problems are sampled ({path} is not there)")
-    return dict(json.loads(path.read_text()))
+    found = generator_of_folder(bench.folder)
+    if found is None:
+        raise RunError(f"synth: the stage train must be whole before problems are sampled ({bench.folder} has none)")
+    return found
+
+
+def generator_of_folder(folder: Path) -> dict[str, Any] | None:
+    """The same of a run's synthesis; None where it has no generator yet."""
+    path = folder / "train" / "generator.json"
+    return dict(json.loads(path.read_text())) if path.exists() else None
 
 
 def stop_ids(renderer: Renderer, end: str) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ def pass_rate(
     """
     limit = max_new_tokens or bench.recipe.sampling.max_new_tokens
     writer = bench.writer(model)
-    sampling = Sampling(limit, temperature, stop_ids=writer.renderer.stop_ids)  # type: ignore[attr-defined]
+    sampling = Sampling(limit, temperature, stop_ids=writer.stop_ids)
     rewards = passed_by(bench.recipe)
     kept: dict[str, Row] = {}
 

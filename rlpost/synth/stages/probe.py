@@ -30,9 +30,8 @@ def probe(
     Difficult: the most probable first token is another, as published; or with `at_least` 1 - P(`token`) is so high.
     `score` is 1 - P(`token`), which counts as 0 where it is not among the 20 most probable.
     """
-    writer = bench.writer(model)
-    renderer = writer.renderer  # type: ignore[attr-defined]
-    ids = renderer.text_ids(token)
+    writer = bench.local(model)
+    ids = writer.renderer.text_ids(token)
     if len(ids) != 1:
         raise RunError(f"synth.identify.token must be one token of {model} (got {token!r}, which is {len(ids)})")
     kept: dict[str, Row] = {}

@@ -26,8 +26,8 @@ def sample(
 ) -> Iterator[Row]:
     """`number` texts, each with a seed of its own; the settings are ScaleDiff's. `rows` have `id` and `seed`."""
     made = generator_of(bench)
-    writer = bench.writer(made["model"], prompting=Prompting(chat=False))
-    stops = stop_ids(writer.renderer, made["end"])  # type: ignore[attr-defined]
+    writer = bench.local(made["model"], prompting=Prompting(chat=False))
+    stops = stop_ids(writer.renderer, made["end"])
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, stops)
     task = Task("problem", made["prompt"])
     asks = (Ask(row["id"], task, seed=row["seed"]) for row in rows)

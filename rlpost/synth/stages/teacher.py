@@ -37,8 +37,7 @@ def teacher(
     ScaleDiff's.
     """
     check_answer_rule(answer, "synth.distil.answer")
-    writer = bench.writer(model, endpoint=endpoint)
-    stops = () if endpoint is not None else writer.renderer.stop_ids  # type: ignore[attr-defined]
+    writer = bench.writer(model, endpoint)
     kept: dict[str, Row] = {}
 
     def asks() -> Iterator[Ask]:
@@ -47,7 +46,7 @@ def teacher(
             asked = {**row, "prompt": prompt.replace("{problem}", row["prompt"])}
             yield Ask(row["id"], task_of(asked), k, seed_of(bench.seed, row["id"]))
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, stops)
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, writer.stop_ids)
     for ask, written in writer.stream(asks(), sampling):
         yield {**kept.pop(ask.id), "solutions": [solution(one, thinking_end, answer) for one in written]}
 
