@@ -71,6 +71,10 @@ class Writer(Protocol):
         """Each request with its texts, as they are whole; `first`: so many log-probs of the first token."""
         ...
 
+    def close(self) -> None:
+        """End it, while the ranks' process group is still there."""
+        ...
+
 
 class FrozenVllm:
     """vLLM in this process, with the weights of a model folder."""
@@ -113,6 +117,10 @@ class FrozenVllm:
         finally:
             if flying:
                 engine.abort_request(list(engine.output_processor.request_states), internal=True)
+
+    def close(self) -> None:
+        """Give back memory and process groups."""
+        self.llm.llm_engine.engine_core.shutdown()
 
     def _written(self, output: Any) -> Written:
         ids = tuple(output.token_ids)
@@ -157,6 +165,10 @@ class Endpoint:
                 preemption.poll()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """Close its connections."""
+        self.client.close()
 
     def _one(self, ask: Ask, sampling: Sampling) -> list[Written]:
         import openai

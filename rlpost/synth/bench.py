@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ class Bench:
     """None in stages without a model."""
     folder: Path
     """Of the run's synthesis."""
+    writers: list[Writer] = field(default_factory=list, init=False)
+    """Those that were asked for, to be closed."""
 
     @property
     def seed(self) -> int:
@@ -34,7 +36,16 @@ class Bench:
         """Whoever writes as `model`: here, or with `endpoint` behind a server that knows it by that name."""
         from rlpost.generate.writers import Endpoint
 
-        return self.local(model) if endpoint is None else Endpoint(endpoint, model)
+        if endpoint is None:
+            return self.local(model)
+        self.writers.append(served := Endpoint(endpoint, model))
+        return served
+
+    def close(self) -> None:
+        """End whoever wrote."""
+        for writer in self.writers:
+            writer.close()
+        self.writers.clear()
 
     def local(self, model: str, *, prompting: Prompting | None = None) -> FrozenVllm:
         """vLLM with `model`; a process has one.
@@ -48,7 +59,9 @@ class Bench:
         recipe, folder = self.folder_of(model)
         if prompting is not None:
             recipe = replace(recipe, tasks=replace(recipe.tasks, prompting=prompting))
-        return FrozenVllm(recipe, folder, make_renderer(recipe, folder), self._world())
+        writer = FrozenVllm(recipe, folder, make_renderer(recipe, folder), self._world())
+        self.writers.append(writer)
+        return writer
 
     def folder_of(self, model: str) -> tuple[Recipe, Path]:
         """The recipe that `model` is read with, and its folder, made where it has to be trained first."""

@@ -12,20 +12,29 @@ from rlpost.synth.pipeline import Stage, rejected
 from rlpost.synth.rows import Row, consensus
 from rlpost.synth.store import digest, head_of, read
 
+LAST = "problems"
+"""What comes after the last filter: a problem whose solutions agree on no answer is none, whatever the filters let
+through."""
 PROBLEMS, QUARANTINE, FUNNEL = "problems.jsonl", "quarantine.jsonl", "funnel.json"
 
 
 def collect(stages: Sequence[Stage], folder: Path) -> list[dict[str, Any]]:
     """Write the three files, each whole or not at all; the funnel is returned."""
     gone = rejected(stages, folder)
+    for row in read(folder / "distil"):
+        if row["id"] not in gone and consensus(row["solutions"])[0] is None:
+            gone[row["id"]] = LAST, "no answer"
     facts = {stage.name: _facts(stage, folder) for stage in stages if stage.is_filter}
     common = lineage(stages, folder)
-    after = [name for name in facts if name.startswith("filters")]
+    after = [LAST, *(name for name in facts if name.startswith("filters"))]
     _write(folder / PROBLEMS, (_kept(row, common, facts) for row in read(folder / "distil") if row["id"] not in gone))
     before = (row for row in read(folder / "sample") if gone.get(row["id"], ("",))[0].startswith("screen"))
     later = (row for row in read(folder / "distil") if gone.get(row["id"], ("",))[0] in after)
     _write(folder / QUARANTINE, (_left_out(row, gone, common, facts) for rows in (before, later) for row in rows))
     found = funnel(stages, folder)
+    last = sum(name == LAST for name, _ in gone.values())
+    came = found[-1]["out"]
+    found.append({"stage": LAST, "in": came, "out": came - last, "reasons": {"no answer": last} if last else {}})
     _write_text(folder / FUNNEL, json.dumps(found, indent=2) + "\n")
     return found
 

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from rlpost.preempt import PREEMPTED, preemption
 from rlpost.recipe import Recipe
 from rlpost.synth.bench import Bench
 from rlpost.synth.collect import FUNNEL, PROBLEMS, QUARANTINE, collect, picture, table
-from rlpost.synth.pipeline import Stage, is_finished, run_stage, stages_of, synth_folder
+from rlpost.synth.pipeline import Stage, check_finished, is_finished, run_stage, stages_of, synth_folder
 
 if TYPE_CHECKING:
     from rlpost.world import World
@@ -70,8 +71,11 @@ def part_of(text: str) -> tuple[int, int]:
 
 def run_in_its_place(stage: Stage, recipe: Recipe, arguments: Sequence[str]) -> None:
     """A stage here where it needs no model, else in a process of its own; one that is whole is checked and left."""
-    if is_finished(stage, synth_folder(recipe)) or not stage.uses_model:
-        run_one(stage, recipe, 0, 1, finished=is_finished(stage, synth_folder(recipe)))
+    if is_finished(stage, synth_folder(recipe)):
+        check_finished(stage, recipe, synth_folder(recipe))
+        return
+    if not stage.uses_model:
+        run_one(stage, recipe, 0, 1)
         return
     command = [sys.executable, "-m", "rlpost", "synth", *arguments, "--stage", stage.name]
     status = subprocess.run(command, check=False).returncode
@@ -81,11 +85,9 @@ def run_in_its_place(stage: Stage, recipe: Recipe, arguments: Sequence[str]) -> 
         raise RunError(f"synth: the stage {stage.name} must end well (it ended with {status}; its message is above)")
 
 
-def run_one(stage: Stage, recipe: Recipe, part: int, parts: int, *, finished: bool = False) -> None:
+def run_one(stage: Stage, recipe: Recipe, part: int, parts: int) -> None:
     """One stage, in this process."""
     folder = synth_folder(recipe)
-    if finished:
-        return
     if not stage.uses_model:
         count = run_stage(stage, recipe, Bench(recipe, None, folder), part=part, parts=parts)
         _tell(stage, count)
@@ -96,7 +98,8 @@ def run_one(stage: Stage, recipe: Recipe, part: int, parts: int, *, finished: bo
     def run(world: World) -> None:
         if world.size > 1 and stage.kind != "train":
             raise RunError(f"synth: the stage {stage.name} runs on one rank: start it with --part I/N on each GPU")
-        count = run_stage(stage, recipe, Bench(recipe, world, folder), part=part, parts=parts)
+        with closing(Bench(recipe, world, folder)) as bench:
+            count = run_stage(stage, recipe, bench, part=part, parts=parts)
         if world.is_main:
             _tell(stage, count)
 

@@ -2,7 +2,7 @@
 
 A round is a pipeline of its own, in `online/round-<step>/` of the run's folder: the tasks that failed last are its
 seeds, the generator goes on learning from them, and what is sampled, solved and filtered is answered by the policy of
-this step. What it solves sometimes is added, with that pass rate as first observation, up to the caps of `synth.online`.
+this step. What it solves sometimes is added, with that pass rate as first observation, up to `synth.online`'s caps.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def failed(run: Run, online: Online) -> list[dict[str, Any]]:
 
 
 def round_recipe(run: Run, online: Online, step: int, folder: Path) -> Recipe:
-    """The recipe of a round: its seeds are the tasks, its generator goes on, and the policy is asked in this process."""
+    """The recipe of a round: its seeds are the tasks, its generator goes on, the policy is asked in this process."""
     recipe = run.recipe
     assert recipe.synth is not None
     start = generator_of_folder(run.folder / "synth")

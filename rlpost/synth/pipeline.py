@@ -18,7 +18,7 @@ from rlpost.plugins import USER_CODE_ERRORS, bind, user_error
 from rlpost.recipe import Recipe
 from rlpost.synth.bench import Bench, shape_of
 from rlpost.synth.rows import Row
-from rlpost.synth.store import Part, digest, head_of, is_done, read
+from rlpost.synth.store import Part, check_head, digest, head_of, is_done, read
 
 STAGES, FILTERS = "rlpost.synth.stages", "rlpost.synth.filters"
 
@@ -93,6 +93,11 @@ def is_finished(stage: Stage, folder: Path) -> bool:
     if stage.kind == "train":
         return (folder / "train" / "generator.json").exists()
     return is_done(folder / stage.name)
+
+
+def check_finished(stage: Stage, recipe: Recipe, folder: Path) -> None:
+    """Raise where a stage that is whole was made with other settings than these."""
+    check_head(folder / stage.name, head(stage, stages_of(recipe), recipe, folder))
 
 
 def head(stage: Stage, stages: Sequence[Stage], recipe: Recipe, folder: Path) -> dict[str, Any]:

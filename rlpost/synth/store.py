@@ -81,6 +81,11 @@ def _sync(file: Any, lines: list[str]) -> None:
     os.fsync(file.fileno())
 
 
+def check_head(folder: Path, head: Mapping[str, Any]) -> None:
+    """Raise where a stage that is there was made from something else."""
+    _same_head(folder, dict(head) | {"parts": head_of(folder).get("parts")})
+
+
 def _same_head(folder: Path, head: Mapping[str, Any]) -> None:
     path = folder / "head.json"
     asked = json.loads(json.dumps(head, default=str))
