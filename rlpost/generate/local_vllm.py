@@ -195,8 +195,6 @@ def start(recipe: Recipe, folder: Path, context: int, world: World) -> Any:
         "load_format": "dummy",
         "max_model_len": context,
         "max_num_seqs": recipe.generator.max_num_seqs,
-        "kv_cache_memory_bytes": int(recipe.generator.kv_cache_gib * 2**30) if on_cpu else None,
-        "block_size": CPU_BLOCK if on_cpu else None,
         "gpu_memory_utilization": recipe.generator.memory_frac,
         "enforce_eager": on_cpu if recipe.generator.enforce_eager is None else recipe.generator.enforce_eager,
         "enable_sleep_mode": not on_cpu and recipe.generator.sleep_level > 0,
@@ -205,12 +203,23 @@ def start(recipe: Recipe, folder: Path, context: int, world: World) -> Any:
         "disable_log_stats": True,
         "trust_remote_code": recipe.model.trust_remote_code,
     }
+    if on_cpu:
+        arguments |= _on_a_cpu(recipe.generator)
     if world.size > 1:
         arguments["distributed_executor_backend"] = "external_launcher"  # this process is already a rank
     try:
         return LLM(**(arguments | recipe.generator.options))
     except (ValueError, RuntimeError, MemoryError) as error:
         raise RunError(_start_failed(error, recipe.generator, on_cpu=on_cpu)) from error
+
+
+def _on_a_cpu(generator: GeneratorRecipe) -> dict[str, Any]:
+    """What vLLM is told on a CPU alone.
+
+    A seeded request whose prompt is cut in two makes vLLM (0.32) turn back a random generator, which a CPU's cannot.
+    """
+    whole = {"enable_chunked_prefill": False} if generator.seeding == "request" else {}
+    return {"kv_cache_memory_bytes": int(generator.kv_cache_gib * 2**30), "block_size": CPU_BLOCK} | whole
 
 
 def _start_failed(error: Exception, recipe: GeneratorRecipe, *, on_cpu: bool) -> str:

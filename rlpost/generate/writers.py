@@ -83,7 +83,7 @@ class FrozenVllm:
         from rlpost.generate.local_vllm import start
 
         options = {"load_format": "auto", "logprobs_mode": "raw_logprobs"} | recipe.generator.options
-        generator = replace(recipe.generator, options=options, sleep_level=0)
+        generator = replace(recipe.generator, options=options, sleep_level=0, seeding="request")
         self.renderer = renderer
         self.window = AHEAD * generator.max_num_seqs
         self.llm = start(replace(recipe, generator=generator), folder, renderer.context, world)
