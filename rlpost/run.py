@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,7 @@ from rlpost.shards import Write
 from rlpost.tasks import load_task_sets
 from rlpost.trackers import Trackers
 from rlpost.types import Sampling, Task
+from rlpost.votes import voter
 from rlpost.widths import lr_scale, updates_a_step
 from rlpost.world import World
 
@@ -285,7 +285,9 @@ def make_evaluator(
     max_new_tokens = asked.max_new_tokens or recipe.sampling.max_new_tokens
     check_room(recipe, tasks, renderer, max_new_tokens, "tasks.eval")
     sampling = Sampling(max_new_tokens, asked.temperature, asked.top_p, stop_ids=renderer.stop_ids)
-    return Evaluator(tasks, asked, renderer, rewards, sampling, recipe.seed, world, recipe.algorithm.interruption)
+    vote = voter(asked.vote, recipe.rewards[0]["use"]) if recipe.rewards else None
+    interruption = recipe.algorithm.interruption
+    return Evaluator(tasks, asked, renderer, rewards, sampling, recipe.seed, world, interruption, vote)
 
 
 def make_engines(recipe: Recipe, model: Path, world: World) -> tuple[Engine, Reference | None, Critic | None]:
@@ -343,16 +345,3 @@ def make_generator(recipe: Recipe, model: Path, renderer: Renderer, first_task: 
     with engine.parking.making_room():
         engine.parking.policy_was_sent()  # nothing of it is needed yet
         return LocalVllm(recipe, model, renderer, canary, world)
-
-
-def evaluate_model(recipe: Recipe, world: World) -> dict[str, float]:
-    """Held-out figures of the recipe's start model, without a run."""
-    _, eval_tasks = load_task_sets(recipe)
-    model = base_model(recipe, world) if recipe.sft else model_folder(recipe, world)
-    renderer = make_renderer(recipe, model)
-    evaluator = make_evaluator(recipe, eval_tasks, renderer, bind_rewards(recipe.rewards), world)
-    if evaluator is None:
-        raise RunError("tasks.eval must name the held-out problems (the recipe has none): add tasks.eval.path")
-    engine, *_ = make_engines(recipe, model, world)
-    with closing(make_generator(recipe, model, renderer, eval_tasks[0], engine)) as generator:
-        return evaluator(generator, engine)
