@@ -31,6 +31,7 @@ from rlpost.render import Renderer
 from rlpost.run import make_engines, make_generator, make_renderer, training_sampling
 from rlpost.score import BoundReward, bind_rewards, score
 from rlpost.sft import base_model
+from rlpost.task_filters import of_length
 from rlpost.tasks import load_task_sets
 from rlpost.types import Group, Micro, Sampling, Task
 from rlpost.world import World
@@ -175,6 +176,7 @@ def _measure_model(recipe: Recipe, world: World, ask: Ask, out: Path, name: str 
     tasks, _ = load_task_sets(recipe)
     folder = base_model(recipe, world) if recipe.sft else model_folder(recipe, world)
     renderer = make_renderer(recipe, folder)
+    tasks = of_length(tasks, recipe.tasks.sources, renderer)
     sampling = training_sampling(recipe, tasks, renderer)
     if ask.probe is not None:
         probe_token(renderer, ask.probe)

@@ -233,6 +233,7 @@ def read_tree(tree: dict[str, Any], overrides: Sequence[str] = (), *, name: str)
         problems += override(tree, text)
         _name_explorers(tree)  # so that a later override finds the explorer that it changes
     _name_algorithm(tree)
+    _list_sources(tree)
     config: DictConfig = OmegaConf.structured(Recipe)
     _merge(config, Recipe, tree, "", problems)
     for key in sorted(OmegaConf.missing_keys(config)):
@@ -241,6 +242,14 @@ def read_tree(tree: dict[str, Any], overrides: Sequence[str] = (), *, name: str)
     recipe = OmegaConf.to_object(config)
     assert isinstance(recipe, Recipe)
     return _fill(recipe, name), problems
+
+
+def _list_sources(tree: dict[str, Any]) -> None:
+    """A list of training sources: the first stays, the others stand beside it."""
+    tasks = tree.get("tasks")
+    if isinstance(tasks, dict) and isinstance(tasks.get("train"), list) and tasks["train"]:
+        first, *others = ({"path": one} if isinstance(one, str) else one for one in tasks["train"])
+        tasks |= {"train": first, "more": [*others, *(tasks.get("more") or [])]}
 
 
 def _name_explorers(tree: dict[str, Any]) -> None:
@@ -279,6 +288,10 @@ def _merge(config: DictConfig, schema: type, values: Mapping[Any, Any], prefix: 
             known = did_you_mean(key, hints) or f" (the keys here are {', '.join(hints)})"
             problems.append(f"{where}: no such key{known}")
             continue
+        element = next((kind for kind in get_args(hints[key]) if is_dataclass(kind)), None)
+        if element is not None and get_origin(hints[key]) is list and isinstance(value, list):
+            config[key] = [_merged(element, item, f"{where}.{i}", problems) for i, item in enumerate(value)]
+            continue
         section = next((kind for kind in (hints[key], *get_args(hints[key])) if is_dataclass(kind)), None)
         if section is not None and isinstance(value, dict):
             if config[key] is None:
@@ -289,6 +302,16 @@ def _merge(config: DictConfig, schema: type, values: Mapping[Any, Any], prefix: 
             OmegaConf.update(config, key, value, merge=False)
         except OmegaConfBaseException:
             problems.append(f"{where} must be {_description(hints[key])} (got {value!r})")
+
+
+def _merged(schema: Any, values: Any, where: str, problems: list[str]) -> DictConfig:
+    """One section of a list of sections."""
+    config: DictConfig = OmegaConf.structured(schema)
+    if isinstance(values, Mapping):
+        _merge(config, schema, values, f"{where}.", problems)
+    else:
+        problems.append(f"{where} must be a mapping of keys to values (got {values!r})")
+    return config
 
 
 def _description(hint: Any) -> str:

@@ -27,6 +27,7 @@ from rlpost.health import Health
 from rlpost.history import lines_of
 from rlpost.law import EntropyLaw
 from rlpost.metrics import Metrics
+from rlpost.mixture import mixed
 from rlpost.model_costs import model_costs
 from rlpost.model_source import context_length, model_folder
 from rlpost.noise_scale import NoiseScale
@@ -43,6 +44,7 @@ from rlpost.samples import Samples
 from rlpost.score import BoundReward, bind_rewards
 from rlpost.sft import base_model
 from rlpost.shards import Write
+from rlpost.task_filters import of_length
 from rlpost.tasks import load_task_sets
 from rlpost.trackers import Trackers
 from rlpost.types import Sampling, Task
@@ -145,8 +147,9 @@ def build(recipe: Recipe, world: World, clock: Clock) -> Run:
 def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
     """The parts, new; text is checked before anything is trained, and the generator takes its memory last."""
     train_tasks, eval_tasks = load_task_sets(recipe)
-    rewards, curriculum = bind_rewards(recipe.rewards, recipe.failure), make_curriculum(recipe, train_tasks)
     renderer = make_renderer(recipe, start := model_folder(recipe, world))
+    train_tasks = of_length(train_tasks, recipe.tasks.sources, renderer)
+    rewards, curriculum = bind_rewards(recipe.rewards, recipe.failure), make_curriculum(recipe, train_tasks)
     sampling = training_sampling(recipe, train_tasks, renderer)
     evaluator = make_evaluator(recipe, eval_tasks, renderer, rewards, world)
     folder = open_run(recipe, world)
@@ -238,7 +241,7 @@ def make_renderer(recipe: Recipe, model: Path) -> Renderer:
 def make_curriculum(recipe: Recipe, tasks: list[Task]) -> Any:
     """The curriculum that the recipe names, over the training tasks."""
     curriculum = bind(recipe.curriculum, "curricula", where="curriculum", skip=1, supplied=("seed",))
-    return curriculum(tasks, seed=recipe.seed)
+    return mixed(recipe.tasks, tasks, lambda some: curriculum(some, seed=recipe.seed))
 
 
 def make_chosen(recipe: Recipe, folder: Path, tasks: list[Task], world: World) -> Chosen:

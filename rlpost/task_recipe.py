@@ -7,11 +7,31 @@ from typing import Any, Literal
 
 
 @dataclass
+class Keep:
+    """Which tasks of a source are used; the others are left out, and counted."""
+
+    where: dict[str, Any] = field(default_factory=dict)
+    """A column of `extra` -> its value, or a list of values, such as `{Type: [Addition, Subtraction]}`."""
+    difficulty: str | None = None
+    """A file of `rlpost difficulty`, or a column of numbers in `extra`; a task that it does not know is left out."""
+    min_difficulty: float | None = None
+    max_difficulty: float | None = None
+    """1 - pass rate, where the file says it; both ends are kept."""
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+    """Of the prompt, as the model sees it; of training tasks only."""
+
+
+@dataclass
 class TaskSource:
     """One data set and how its columns become tasks."""
 
     path: str = "???"
     """`file.jsonl`, `file.parquet`, `hf:owner/name[:config]:split`, `reasoning_gym:name`, or `pkg.module:function`."""
+    name: str | None = None
+    """What it is called in figures; None: its path."""
+    weight: float | None = None
+    """Its share of every step's tasks beside other sources; None, for all of them: the sources are one pool."""
     prompt: str = "prompt"
     """A column (text, or a list of chat messages), or a template over columns such as `"{Body} {Question}"`."""
     answer: str | None = "answer"
@@ -27,6 +47,8 @@ class TaskSource:
     """A column with a unique id; None: a hash of the prompt."""
     limit: int | None = None
     """Use only the first so many."""
+    keep: Keep = field(default_factory=Keep)
+    """Filters, after `limit`."""
     duplicates: Literal["refuse", "drop"] = "refuse"
     """Repeated keys or prompts: an error that names them, or all but the first left out. `drop` on `tasks.train` also
     leaves out what `tasks.eval` holds. `reasoning_gym` draws with replacement, so there it is always `drop`."""
@@ -47,12 +69,34 @@ class Prompting:
 
 
 @dataclass
+class Decontaminate:
+    """Training tasks that are too like a held-out one, beyond those that are the same: `decontaminate.py`."""
+
+    ngram: int | None = None
+    """A run of so many words in common, punctuation counted; 13 in GPT-3, arXiv:2005.14165, appendix C. None: off."""
+    near: float | None = None
+    """Jaccard similarity of runs of three words from which two problems are near, such as 0.8. None: off."""
+    against: list[TaskSource] = field(default_factory=list)
+    """Held-out sets beside `tasks.eval`, such as benchmarks that the model is to be judged by later."""
+    found: Literal["drop", "refuse"] = "drop"
+    """Leave such tasks out, with a warning, or stop with an error that names them."""
+
+
+@dataclass
 class Tasks:
     """What is trained on and what is held out."""
 
     train: TaskSource = field(default_factory=TaskSource)
+    """A source, or a list of sources: all but the first stand in `more` then."""
+    more: list[TaskSource] = field(default_factory=list)
     eval: TaskSource | None = None
     prompting: Prompting = field(default_factory=Prompting)
+    decontaminate: Decontaminate = field(default_factory=Decontaminate)
+
+    @property
+    def sources(self) -> dict[str, TaskSource]:
+        """The recipe key of each source of training tasks."""
+        return {"tasks.train": self.train} | {f"tasks.more.{i}": source for i, source in enumerate(self.more)}
 
 
 @dataclass
