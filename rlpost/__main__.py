@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlpost.errors import Preempted, RecipeError, RunError, without_secrets
+from rlpost.evaluation.audit_command import add_audit
 from rlpost.evaluation.options import add_eval, asked_of, out_of
 from rlpost.preempt import PREEMPTED, preemption
 from rlpost.report.command import add_commands
 from rlpost.scaling.options import add_scaling
 from rlpost.simulate.options import add_simulations
+from rlpost.task_options import add_tasks
 
 if TYPE_CHECKING:
     from rlpost.recipe import Recipe
@@ -91,6 +93,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint", type=Path, help="another than the newest, such as RUN/checkpoints/step-000010")
     command.set_defaults(run=export)
     add_hints(commands)
+    add_audit(commands)
+    add_tasks(commands)
     add_tables(commands)
     add_simulations(commands)
     add_scaling(commands)
