@@ -28,6 +28,7 @@ AT_HOME = {
     "matplotlib": {"rlpost/report/plots.py", "rlpost/scaling/plots.py", "rlpost/simulate/brorl.py"},
     "rich": {
         "rlpost/catalogue.py",
+        "rlpost/evaluation/table.py",
         "rlpost/progress.py",
         "rlpost/samples.py",
         "rlpost/simulate/brorl.py",
@@ -72,6 +73,11 @@ MATHEMATICS = (
 LIGHT = [
     "recipe",
     "check",
+    "check_tasks",
+    "evaluation.options",
+    "evaluation.sets",
+    "evaluation.audit_command",
+    "task_report",
     "plugins",
     "tasks",
     "sources",

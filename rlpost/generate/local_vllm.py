@@ -214,6 +214,8 @@ def _start(recipe: Recipe, folder: Path, context: int, world: World, *, weights:
         "disable_log_stats": True,
         "trust_remote_code": recipe.model.trust_remote_code,
     }
+    if on_cpu and recipe.generator.seeding == "request":
+        arguments["enable_chunked_prefill"] = False  # else vLLM rewinds a request's dice, which a CPU's cannot be
     if world.size > 1:
         arguments["distributed_executor_backend"] = "external_launcher"  # this process is already a rank
     try:
