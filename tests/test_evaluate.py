@@ -11,8 +11,8 @@ from rlpost.score import bind_rewards
 from rlpost.types import Rollout, Sampling, Task
 
 
-def row(correct, level=None, tokens=40, truncated=0):
-    return {"correct": correct, "level": level, "tokens": tokens, "truncated": truncated}
+def row(correct, level=None, tokens=40, truncated=0, unjudged=0, **more):
+    return {"correct": correct, "unjudged": unjudged, "level": level, "tokens": tokens, "truncated": truncated, **more}
 
 
 def test_t40_pass_at_k_matches_hand_table():
@@ -44,6 +44,7 @@ def test_tabulate_averages_over_problems_and_levels():
             "truncated_frac": 4 / 12,
             "num_problems": 3,
             "n": 4,
+            "unjudged": 0,
             "pass@1/terms=2": 0.75,
             "pass@1/terms=10": 0.0,
         }

@@ -37,6 +37,7 @@ DESCRIBED = (
     "rlpost/*/*.py",
     "rlpost/*/*.md",
     "rlpost/report/*.*",
+    "rlpost/evaluation/*.*",
     "rewards/*",
     "curricula/*",
 )

@@ -137,6 +137,15 @@ class LocalVllm:
         return [table[token].logprob for token, table in zip(token_ids[1:], answer.prompt_logprobs[1:], strict=True)]
 
 
+class FolderVllm(LocalVllm):
+    """A vLLM engine with the weights of its folder, for evaluation alone: there is no trainer, and it never sleeps."""
+
+    def __init__(self, recipe: Recipe, folder: Path, renderer: Renderer, world: World) -> None:
+        self.recipe, self.renderer, self.world = recipe.generator, renderer, world
+        self.version = 0
+        self.llm = _start(recipe, folder, renderer.context, world, weights="auto")
+
+
 @contextmanager
 def stepping(engine: Any, before: Callable[[], None]) -> Iterator[None]:
     """Call `before` ahead of each step that vLLM's engine takes; requests stay one batch, and one seed a call."""
@@ -172,7 +181,7 @@ def _repack_head(worker: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def _start(recipe: Recipe, folder: Path, context: int, world: World) -> Any:
+def _start(recipe: Recipe, folder: Path, context: int, world: World, *, weights: str = "dummy") -> Any:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     on_cpu = world.device.type == "cpu"
@@ -191,19 +200,22 @@ def _start(recipe: Recipe, folder: Path, context: int, world: World) -> Any:
         "model": str(folder),
         "dtype": recipe.model.dtype,
         "hf_overrides": {"head_dtype": recipe.model.head_dtype} if recipe.model.head_dtype else None,
-        "load_format": "dummy",
+        "load_format": weights,
+        "use_tqdm_on_load": False,
         "max_model_len": context,
         "max_num_seqs": recipe.generator.max_num_seqs,
         "kv_cache_memory_bytes": int(recipe.generator.kv_cache_gib * 2**30) if on_cpu else None,
         "block_size": CPU_BLOCK if on_cpu else None,
         "gpu_memory_utilization": recipe.generator.memory_frac,
         "enforce_eager": on_cpu if recipe.generator.enforce_eager is None else recipe.generator.enforce_eager,
-        "enable_sleep_mode": not on_cpu and recipe.generator.sleep_level > 0,
+        "enable_sleep_mode": not on_cpu and recipe.generator.sleep_level > 0 and weights == "dummy",
         "logprobs_mode": "processed_logprobs",
         "seed": recipe.seed,
         "disable_log_stats": True,
         "trust_remote_code": recipe.model.trust_remote_code,
     }
+    if on_cpu and recipe.generator.seeding == "request":
+        arguments["enable_chunked_prefill"] = False  # else vLLM rewinds a request's dice, which a CPU's cannot be
     if world.size > 1:
         arguments["distributed_executor_backend"] = "external_launcher"  # this process is already a rank
     try:
