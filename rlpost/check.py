@@ -16,6 +16,7 @@ from rlpost.check_algorithm import RESET_TRIGGERS, algorithm_problems
 from rlpost.check_explore import explore_problems
 from rlpost.check_parallel import parallel_problems
 from rlpost.check_secrets import secret_problems
+from rlpost.check_synth import synth_problems
 from rlpost.check_tasks import evaluation_problems, task_problems
 from rlpost.errors import RecipeError
 from rlpost.metrics import metric_info
@@ -105,6 +106,7 @@ def check(recipe: Recipe, world_size: int = 1) -> list[str]:
         *_plugins(recipe),
         *algorithm_problems(recipe),
         *explore_problems(recipe),
+        *synth_problems(recipe),
         *_sampling(recipe),
         *_batches(recipe, world_size),
         *_lengths(recipe),

@@ -86,6 +86,13 @@ METRICS: dict[str, MetricInfo] = {
         "term of BroRL's mass balance (`mass_balance.py`), over groups; or shared states",
         "arXiv:2510.01180, theorem 1",
     ),
+    "synth/seeds": MetricInfo("tasks", "sum", "tasks that the policy failed, from which new problems were made"),
+    "synth/diversity": MetricInfo("fraction", "last", "1 - Jaccard similarity to the nearest other new problem, mean"),
+    "synth/share": MetricInfo("fraction", "last", "synthetic tasks of the pool"),
+    "synth/measured": MetricInfo("problems", "sum", "new problems that the policy answered"),
+    "synth/sometimes_solved": MetricInfo("problems", "sum", "of those: solved by some answers and not by all"),
+    "synth/added": MetricInfo("problems", "sum", "problems that joined the tasks"),
+    "synth/*": MetricInfo("problems", "sum", "problems that came through this stage of synthesis"),
     "capability/revisited": MetricInfo("tasks", "sum", "tasks of the step that had been tried in an earlier one"),
     "capability/gain": MetricInfo("fraction", "mean", "over those: pass rate now of tasks never solved before, else 0"),
     "capability/sharpening": MetricInfo(

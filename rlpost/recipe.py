@@ -23,6 +23,7 @@ from rlpost.cluster_recipe import Failure, Preempt, Watchdog
 from rlpost.errors import RecipeError
 from rlpost.model_recipe import InitModel, Lora, Model
 from rlpost.plugins import did_you_mean, make_importable
+from rlpost.synth_recipe import Synth
 from rlpost.task_recipe import Evaluation, Prompting, Tasks, TaskSource
 from rlpost.yaml_tree import expand, override, parse
 
@@ -187,6 +188,8 @@ class Recipe:
     batch: BatchRecipe = field(default_factory=BatchRecipe)
     sft: Sft | None = None
     """Present: a base model is trained first, once, and kept in `run_dir`."""
+    synth: Synth | None = None
+    """Present: difficult problems can be made, with `rlpost synth`."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging = field(default_factory=Logging)
     save_every: int = 50

@@ -25,7 +25,12 @@ AT_HOME = {
     "datasketch": {"rlpost/duplicates.py"},
     "pyarrow": {"rlpost/sources.py"},
     "reasoning_gym": {"rlpost/sources.py"},
-    "matplotlib": {"rlpost/report/plots.py", "rlpost/scaling/plots.py", "rlpost/simulate/brorl.py"},
+    "matplotlib": {
+        "rlpost/report/plots.py",
+        "rlpost/scaling/plots.py",
+        "rlpost/simulate/brorl.py",
+        "rlpost/synth/collect.py",
+    },
     "rich": {
         "rlpost/catalogue.py",
         "rlpost/evaluation/table.py",
@@ -97,6 +102,8 @@ LIGHT = [
     "report.payload",
     "report.page",
     "report.rollouts",
+    "synth.command",
+    "synth_recipe",
 ]
 
 

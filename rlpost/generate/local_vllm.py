@@ -46,7 +46,7 @@ class LocalVllm:
         self._stream: WeightStream | None = None
         self._can_sleep = world.device.type == "cuda" and recipe.generator.sleep_level > 0
         self._asleep = False
-        self.llm = _start(recipe, folder, renderer.context, world)
+        self.llm = start(recipe, folder, renderer.context, world)
         cache = self.llm.llm_engine.vllm_config.cache_config
         self.prompt_block = int(cache.block_size) if cache.enable_prefix_caching else 0
         self._sleep()  # until the first `awake` nothing is generated, and the trainer wants its memory back
@@ -143,7 +143,7 @@ class FolderVllm(LocalVllm):
     def __init__(self, recipe: Recipe, folder: Path, renderer: Renderer, world: World) -> None:
         self.recipe, self.renderer, self.world = recipe.generator, renderer, world
         self.version = 0
-        self.llm = _start(recipe, folder, renderer.context, world, weights="auto")
+        self.llm = start(recipe, folder, renderer.context, world, weights="auto")
 
 
 @contextmanager
@@ -181,7 +181,8 @@ def _repack_head(worker: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def _start(recipe: Recipe, folder: Path, context: int, world: World, *, weights: str = "dummy") -> Any:
+def start(recipe: Recipe, folder: Path, context: int, world: World, *, weights: str = "dummy") -> Any:
+    """A `vllm.LLM`, with the trainer's weights to come (`dummy`) or those of the folder (`auto`)."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     on_cpu = world.device.type == "cpu"
@@ -249,6 +250,25 @@ def _params(request: Request, sampling: Sampling, *, seeded: bool) -> Any:
         stop_token_ids=list(sampling.stop_ids),
         logprobs=0,
         flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def text_params(n: int, seed: int, sampling: Sampling, *, logprobs: int | None) -> Any:
+    """How vLLM draws `n` texts that nothing is trained on: seeded one by one, without log-probs unless asked for."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=n,
+        seed=seed,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_new_tokens,
+        stop_token_ids=list(sampling.stop_ids),
+        logprobs=logprobs,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
