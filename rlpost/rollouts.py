@@ -65,7 +65,10 @@ def wave(run: Run, step: int, size: int) -> list[Group]:
         how: dict[str, Any] = {"first_group": run.next_group, "seed": recipe.seed}
         group_size, interruption = recipe.sampling.group_size, recipe.algorithm.interruption
         parts = run.generator, run.renderer, mine
-        sampled = partial(collect, *parts, run.sampling, group_size=group_size, interruption=interruption, **how)
+        early = {"whole": run.rewards.begin} if run.rewards.apart else {}  # scored while others are still written
+        sampled = partial(
+            collect, *parts, run.sampling, group_size=group_size, interruption=interruption, **how, **early
+        )
         groups = world.together(sampled)  # waiting for the longest answer is generation, on every rank
         greedy = []
         if recipe.algorithm.advantage["use"] == "remax":
@@ -80,6 +83,9 @@ def wave(run: Run, step: int, size: int) -> list[Group]:
             group.greedy_reward = math.nan if reward is None else reward
     if run.explorers.every:
         explore(run, step, groups)
+    if run.rewards.of_groups:
+        with run.clock("reward"):
+            world.together(lambda: run.rewards.score_groups(groups))
     with run.clock("reward"):
         outcomes = outcomes_of(run, step, groups)
         run.curriculum.observe(outcomes)

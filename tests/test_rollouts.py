@@ -16,8 +16,8 @@ from rlpost.frontier import Frontier
 from rlpost.metrics import Metrics
 from rlpost.packing import Packer
 from rlpost.recipe import ExploreBudget, Recipe, SamplingRecipe
+from rlpost.reward_recipe import bind_rewards
 from rlpost.rollouts import gather, next_wave
-from rlpost.score import bind_rewards
 from rlpost.types import Request, Sampling, Task
 from rlpost.world import World as RealWorld
 
