@@ -66,8 +66,11 @@ def answers(
 ) -> list[Rollout]:
     """What was asked for: generated, or given with the request."""
     interrupts = interruption is not None and interruption.text is not None
-    early = {} if whole is None or interrupts else {"whole": whole}  # what is interrupted has not ended yet
-    rollouts = generator.generate([request for request in requests if request.given is None], sampling, **early)
+    wanted = [request for request in requests if request.given is None]
+    if whole is None or interrupts:  # what is interrupted has not ended yet
+        rollouts = generator.generate(wanted, sampling)
+    else:
+        rollouts = generator.generate(wanted, sampling, whole)
     if interruption is not None and interrupts:
         rollouts = interrupted(rollouts, generator, renderer, sampling, interruption)
     return [*rollouts, *(_given(request, renderer) for request in requests if request.given is not None)]

@@ -100,8 +100,8 @@ def _log_rollout(metrics: Metrics, rollout: Rollout, weights: Mapping[str, float
         else:
             metrics.mean(f"reward/{name}", part)
     for name, verdict in rollout.verdicts.items():
-        for part, value in verdict.parts.items():
-            metrics.mean(f"reward/{name}/{part}", value)
+        for figure, value in verdict.parts.items():
+            metrics.mean(f"reward/{name}/{figure}", value)
 
 
 def _log_helped(metrics: Metrics, rollout: Rollout) -> None:

@@ -37,7 +37,7 @@ from rlpost.plugins import bind
 from rlpost.preempt import preemption
 from rlpost.types import Group, Rollout, Verdict
 
-GRACE_S = 2.0
+GRACE_S = 5.0
 """Between the alarm inside a process and the kill from outside."""
 MOST_WORKERS = 8
 MOST_TRIES = 3
@@ -119,9 +119,9 @@ class Judges:
     def close(self) -> None:
         """End the processes and whatever they have started; a later question starts others."""
         if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
+            self._pool.stop()  # from here on no dead worker is replaced
             self._end_leftovers(everything=True)
+            self._pool.join()
             assert self._folder is not None
             shutil.rmtree(self._folder, ignore_errors=True)
             self._pool = self._folder = None

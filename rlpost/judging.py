@@ -55,7 +55,7 @@ def judge(
     *,
     seconds: float | None,
     group: Group | None = None,
-    poll: Callable[[], None] = bool,
+    poll: Callable[[], object] = bool,
 ) -> list[Verdict]:
     """A verdict for each rollout, whatever the reward does; `seconds` is the time for one rollout.
 
@@ -79,7 +79,7 @@ def _attempt(
     work: Callable[[], Any],
     call: Callable[..., Any],
     seconds: float | None,
-    poll: Callable[[], None],
+    poll: Callable[[], object],
     *,
     many: int | None = None,
 ) -> Any:
@@ -98,7 +98,7 @@ async def _wait_for_all(
     call: Callable[..., Any],
     found: list[Any],
     seconds: float | None,
-    poll: Callable[[], None],
+    poll: Callable[[], object],
     *,
     many: int | None = None,
 ) -> list[Any]:

@@ -62,13 +62,10 @@ def wave(run: Run, step: int, size: int) -> list[Group]:
         tasks = choice(run, size)  # the same list on every rank
         mine = shard(tasks, world.rank, world.size)
     with run.clock("generate"):
-        how: dict[str, Any] = {"first_group": run.next_group, "seed": recipe.seed}
+        how: dict[str, Any] = {"first_group": run.next_group, "seed": recipe.seed, "whole": run.rewards.early}
         group_size, interruption = recipe.sampling.group_size, recipe.algorithm.interruption
         parts = run.generator, run.renderer, mine
-        early = {"whole": run.rewards.begin} if run.rewards.apart else {}  # scored while others are still written
-        sampled = partial(
-            collect, *parts, run.sampling, group_size=group_size, interruption=interruption, **how, **early
-        )
+        sampled = partial(collect, *parts, run.sampling, group_size=group_size, interruption=interruption, **how)
         groups = world.together(sampled)  # waiting for the longest answer is generation, on every rank
         greedy = []
         if recipe.algorithm.advantage["use"] == "remax":

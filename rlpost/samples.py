@@ -71,15 +71,17 @@ def best_and_worst(rollouts: Sequence[Rollout], n: int) -> list[Rollout]:
 
 def sample(step: int, rollout: Rollout) -> dict[str, Any]:
     """One rollout as a JSON object that a person can read."""
+    verdicts = {name: told for name, verdict in rollout.verdicts.items() if (told := told_of(verdict))}
     return {
         "step": step,
+        "group": rollout.group,
         "task": rollout.task.key,
         "prompt": prompt_text(rollout.task),
         "answer": rollout.task.answer,
         "completion": rollout.text,
         "reward": rollout.reward,
         "parts": rollout.reward_parts,
-        "verdicts": {name: told for name, verdict in rollout.verdicts.items() if (told := told_of(verdict))},
+        **({"verdicts": verdicts} if verdicts else {}),
         "finish_reason": rollout.finish_reason,
         "num_tokens": len(rollout.token_ids),
         **({"role": rollout.role, "hint": rollout.hint, "level": rollout.level} if rollout.role != "policy" else {}),

@@ -66,6 +66,11 @@ class Rewards(Sequence[BoundReward]):
         """Of every part, those of groups last."""
         return {reward.name: reward.weight for reward in (*self.each, *self.of_groups)}
 
+    @property
+    def early(self) -> Callable[[Sequence[Rollout]], None] | None:
+        """What is to be told of a group that has been written while others are not; None where nothing runs apart."""
+        return self.begin if self.apart else None
+
     def begin(self, rollouts: Sequence[Rollout]) -> None:
         """Hand rollouts of one group to the processes while others are still being written; `score` waits for them."""
         for reward in self.each:

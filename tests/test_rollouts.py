@@ -96,7 +96,7 @@ def make_run(*kinds, prompts=4, world=None, explorers=(), budget=None, **algorit
         prompts_per_step=prompts,
         sampling=SamplingRecipe(group_size=2, max_new_tokens=8),
         algorithm=Algorithm(**algorithm),
-        rewards=[{"use": "test_rollouts:said"}],
+        rewards=[{"use": "test_rollouts:said", "isolate": False}],
     )
     return SimpleNamespace(
         recipe=recipe,

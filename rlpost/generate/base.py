@@ -45,7 +45,7 @@ CANARY_MIN, CANARY_MAX = 16, 64
 """Tokens of the canary: enough for a mean, few enough to cost one short forward pass."""
 
 
-Whole = Callable[[list[Rollout]], None]
+Whole = Callable[[Sequence[Rollout]], None]
 """Is told of the rollouts of a request."""
 
 
