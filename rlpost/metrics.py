@@ -43,7 +43,13 @@ METRICS: dict[str, MetricInfo] = {
     "reward/solved_frac": MetricInfo("fraction", "mean", "rollouts with the full reward"),
     "reward/length_bonus": MetricInfo("reward", "mean", "what the algorithm added for an answer's length"),
     "reward/unjudged/*": MetricInfo("rollouts", "sum", "rollouts that this part could not judge"),
-    "reward/*": MetricInfo("reward", "mean", "this part before its weight, over rollouts it could judge"),
+    "reward/endings/*": MetricInfo(
+        "rollouts", "sum", "rollouts by reward and how it ended: ok wrong unparsable timeout crash error"
+    ),
+    "reward/latency/*": MetricInfo("s", "quantile", "time that this reward took for a rollout, at most, of this share"),
+    "reward/*": MetricInfo(
+        "reward", "mean", "this part before its weight, over rollouts it could judge, or a figure of its own"
+    ),
     "groups/num": MetricInfo("groups", "sum", "groups generated"),
     "groups/trained": MetricInfo("groups", "sum", "groups that the step trains on"),
     "groups/missing": MetricInfo("groups", "last", "groups that a step wanted and no wave of it found"),

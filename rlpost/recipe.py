@@ -176,7 +176,11 @@ class Recipe:
     curriculum: dict[str, Any] = field(default_factory=lambda: {"use": "uniform"})
     """`use`: a name in `curricula/` or a dotted path; the rest are its parameters. Left out: the algorithm's."""
     rewards: list[dict[str, Any]] = field(default_factory=list)
-    """Each with `use` (a name in `rewards/` or a dotted path), `weight` (default 1.0), and the reward's parameters."""
+    """Each with `use` (a name in `rewards/` or a dotted path), `weight` (default 1.0), the reward's parameters, and
+    `on_error`, `timeout_s` (of `failure` where left out) and `isolate` (whether it runs in a process apart)."""
+    group_rewards: list[dict[str, Any]] = field(default_factory=list)
+    """The same for functions of a whole group, asked once it is complete and its rollouts have their `rewards`. What
+    they give is trained on; what counts as solved, and evaluation, know only `rewards`."""
     sampling: SamplingRecipe = field(default_factory=SamplingRecipe)
     explore: list[dict[str, Any]] = field(default_factory=list)
     """Explorers, asked in this order for further rollouts: each with `use` (a name in `rlpost/explore/` or a dotted

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlpost.errors import Preempted, RunError
-from rlpost.generate.base import Canary, SyncReport
+from rlpost.generate.base import Canary, SyncReport, Whole
 from rlpost.generate.vllm_features import loads_in_place, probe
 from rlpost.preempt import preemption
 from rlpost.types import FinishReason, Request, Rollout, Sampling
@@ -51,28 +51,33 @@ class LocalVllm:
         self.prompt_block = int(cache.block_size) if cache.enable_prefix_caching else 0
         self._sleep()  # until the first `awake` nothing is generated, and the trainer wants its memory back
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, whole: Whole | None = None) -> list[Rollout]:
         """All rollouts of all requests; one vLLM call."""
         if not requests:
             return []
         prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
         params = [_params(request, sampling, seeded=self.recipe.seeding == "request") for request in requests]
+        made: dict[int, list[Rollout]] = {}
+        first = self.llm.request_counter.counter  # vLLM numbers requests on from here
+        version = -1 if self.version is None else self.version
+
+        def ended(answers: Any) -> None:
+            place = int(answers.request_id) - first
+            made[place] = [_rollout(requests[place], one, version, self.renderer) for one in answers.outputs]
+            if whole is not None:
+                whole(made[place])
+
         with torch.random.fork_rng(devices=[self.world.device] if self.world.device.type == "cuda" else []):
             torch.manual_seed(_call_seed(requests))
-            outputs = self._answers(prompts, params)
-        version = -1 if self.version is None else self.version
-        return [
-            _rollout(request, output, version, self.renderer)
-            for request, answers in zip(requests, outputs, strict=True)
-            for output in answers.outputs
-        ]
+            self._answers(prompts, params, ended)
+        return [rollout for place in range(len(requests)) for rollout in made[place]]
 
-    def _answers(self, prompts: list[Any], params: list[Any]) -> list[Any]:
+    def _answers(self, prompts: list[Any], params: list[Any], ended: Callable[[Any], None]) -> None:
         """One vLLM call; between the steps of its engine this rank looks whether it has been asked to leave."""
         engine = self.llm.llm_engine
-        with stepping(engine, preemption.poll):
+        with stepping(engine, preemption.poll, ended):
             try:
-                return self.llm.generate(prompts, params, use_tqdm=False)
+                self.llm.generate(prompts, params, use_tqdm=False)
             except Preempted:
                 engine.abort_request(list(engine.output_processor.request_states), internal=True)
                 raise
@@ -147,13 +152,20 @@ class FolderVllm(LocalVllm):
 
 
 @contextmanager
-def stepping(engine: Any, before: Callable[[], None]) -> Iterator[None]:
-    """Call `before` ahead of each step that vLLM's engine takes; requests stay one batch, and one seed a call."""
+def stepping(engine: Any, before: Callable[[], None], ended: Callable[[Any], None] | None = None) -> Iterator[None]:
+    """Call `before` ahead of each step that vLLM's engine takes, and `ended` for each request that is answered.
+
+    Requests stay one batch, and one seed a call.
+    """
     step = engine.step
 
     def watched() -> Any:
         before()
-        return step()
+        outputs = step()
+        for output in outputs:
+            if ended is not None and output.finished:
+                ended(output)
+        return outputs
 
     engine.step = watched
     try:

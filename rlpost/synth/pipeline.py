@@ -139,7 +139,7 @@ def rows_for(stage: Stage, stages: Sequence[Stage], bench: Bench) -> Iterator[Ro
 
 def rejected(stages: Iterable[Stage], folder: Path) -> dict[str, tuple[str, str]]:
     """Id -> (filter, reason) of every row that a filter of these has taken out."""
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
     for stage in stages:
         if stage.is_filter:
             found |= {row["id"]: (stage.name, row["reason"]) for row in read(folder / stage.name) if row["reason"]}
