@@ -39,6 +39,7 @@ class Mixture:
         whole = sum(source.weight or 0.0 for source in sources.values())
         self.shares = {name: (source.weight or 0.0) / whole for name, source in sources.items()}
         self.chosen = dict.fromkeys(self.parts, 0)
+        self._asked = list(self.parts)
         self._part_of = {task.key: name for name, pool in pools.items() for task in pool}
         first = next(iter(self.parts.values()))
         self.measure_tries = getattr(first, "measure_tries", None)
@@ -56,6 +57,7 @@ class Mixture:
         """The next n tasks."""
         turns = [self._next() for _ in range(n)]
         drawn = {name: iter(part.select(count)) for name, part in self.parts.items() if (count := turns.count(name))}
+        self._asked = list(drawn)
         return [next(drawn[name]) for name in turns]
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
@@ -83,8 +85,8 @@ class Mixture:
         self.chosen = {name: int(state["chosen"][name]) for name in self.parts}
 
     def metrics(self) -> dict[str, float]:
-        """The figures of each part, under the name of its source."""
-        return {f"{key}/{name}": value for name, part in self.parts.items() for key, value in part.metrics().items()}
+        """The figures of each part that gave a task of the last choice, under the name of its source."""
+        return {f"{key}/{name}": value for name in self._asked for key, value in self.parts[name].metrics().items()}
 
     def _next(self) -> str:
         """Of the sources that are far enough behind their shares, the one that may wait least."""

@@ -217,6 +217,8 @@ def start(recipe: Recipe, folder: Path, context: int, world: World, *, weights: 
         "use_tqdm_on_load": False,
         "max_model_len": context,
         "max_num_seqs": recipe.generator.max_num_seqs,
+        # In parts, vLLM would rewind the dice of a seeded request, which a CPU's cannot be.
+        "enable_chunked_prefill": False if on_cpu and recipe.generator.seeding == "request" else None,
         "kv_cache_memory_bytes": int(recipe.generator.kv_cache_gib * 2**30) if on_cpu else None,
         "block_size": CPU_BLOCK if on_cpu else None,
         "gpu_memory_utilization": recipe.generator.memory_frac,
@@ -227,8 +229,6 @@ def start(recipe: Recipe, folder: Path, context: int, world: World, *, weights: 
         "disable_log_stats": True,
         "trust_remote_code": recipe.model.trust_remote_code,
     }
-    if on_cpu and recipe.generator.seeding == "request":
-        arguments["enable_chunked_prefill"] = False  # else vLLM rewinds a request's dice, which a CPU's cannot be
     if world.size > 1:
         arguments["distributed_executor_backend"] = "external_launcher"  # this process is already a rank
     try:
