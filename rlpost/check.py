@@ -16,11 +16,13 @@ from rlpost.check_algorithm import RESET_TRIGGERS, algorithm_problems
 from rlpost.check_explore import explore_problems
 from rlpost.check_parallel import parallel_problems
 from rlpost.check_secrets import secret_problems
+from rlpost.check_synth import synth_problems
 from rlpost.check_tasks import evaluation_problems, task_problems
 from rlpost.errors import RecipeError
 from rlpost.metrics import metric_info
 from rlpost.plugins import bind
 from rlpost.recipe import Recipe, Sft, read
+from rlpost.reward_recipe import reward_problems
 from rlpost.sources import source_problems
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -41,7 +43,8 @@ _BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
         "engine.eps engine.sequence_parallel engine.sync_bucket_mib batch.micro_tokens batch.row_tokens sft.steps "
         "sft.batch_size sft.lr sft.max_seconds sft.target_loss evaluation.n evaluation.until "
         "evaluation.max_new_tokens "
-        "preempt.after_s preempt.budget_s failure.reward_s failure.gradients watchdog.report_s watchdog.stop_s",
+        "preempt.after_s preempt.budget_s failure.reward_s failure.reward_memory_gib "
+        "failure.reward_workers failure.gradients watchdog.report_s watchdog.stop_s",
     ),
     (
         ">= 0",
@@ -105,6 +108,7 @@ def check(recipe: Recipe, world_size: int = 1) -> list[str]:
         *_plugins(recipe),
         *algorithm_problems(recipe),
         *explore_problems(recipe),
+        *synth_problems(recipe),
         *_sampling(recipe),
         *_batches(recipe, world_size),
         *_lengths(recipe),
@@ -220,17 +224,7 @@ def _model_path(name: str) -> list[str]:
 
 
 def _plugins(recipe: Recipe) -> list[str]:
-    problems = []
-    if not recipe.rewards:
-        problems.append("rewards must name at least one reward, as in `rewards: [{use: final_number}]`")
-    for index, plugin in enumerate(recipe.rewards):
-        try:
-            bind(plugin, "rewards", where=f"rewards.{index}", skip=1)
-        except RecipeError as error:
-            problems += error.problems
-        weight = plugin.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            problems.append(f"rewards.{index}.weight must be a finite number (got {weight!r})")
+    problems = reward_problems(recipe.rewards, recipe.group_rewards)
     try:
         curriculum = bind(recipe.curriculum, "curricula", where="curriculum", skip=1, supplied=("seed",)).func
     except RecipeError as error:

@@ -28,8 +28,9 @@ from rlpost.packing import Packer, make_packer
 from rlpost.passuntil import estimate, until_passes
 from rlpost.recipe import Recipe
 from rlpost.render import Renderer
+from rlpost.reward_recipe import bind_rewards
 from rlpost.run import make_engines, make_generator, make_renderer, training_sampling
-from rlpost.score import BoundReward, bind_rewards, score
+from rlpost.score import Rewards, score
 from rlpost.sft import base_model
 from rlpost.task_filters import of_length
 from rlpost.tasks import load_task_sets
@@ -77,7 +78,7 @@ class Prober:
     ask: Ask
     renderer: Renderer
     sampling: Sampling
-    rewards: Sequence[BoundReward]
+    rewards: Rewards
     packer: Packer
     engine: Engine
     generator: Generator
@@ -186,8 +187,9 @@ def _measure_model(recipe: Recipe, world: World, ask: Ask, out: Path, name: str 
     if not left:
         return
     engine, *_ = make_engines(recipe, folder, world)
-    with closing(make_generator(recipe, folder, renderer, tasks[0], engine)) as generator:
-        packer, rewards = make_packer(recipe, world, folder), bind_rewards(recipe.rewards)
+    made = make_generator(recipe, folder, renderer, tasks[0], engine)
+    with closing(made) as generator, closing(bind_rewards(recipe.rewards, recipe.failure)) as rewards:
+        packer = make_packer(recipe, world, folder)
         prober = Prober(recipe, world, ask, renderer, sampling, rewards, packer, engine, generator)
         for chunk in _chunks(left, world.size):
             rows = prober.rows(chunk)

@@ -19,7 +19,7 @@ from rlpost.generate.base import Generator
 from rlpost.passuntil import estimate, until_passes
 from rlpost.recipe import Evaluation
 from rlpost.render import Renderer
-from rlpost.score import BoundReward, score
+from rlpost.score import Rewards, score
 from rlpost.types import Group, Rollout, Sampling, Task
 from rlpost.votes import VOTES, majority_at_k
 from rlpost.world import World
@@ -36,7 +36,7 @@ class Evaluator:
     tasks: Sequence[Task]
     recipe: Evaluation
     renderer: Renderer
-    rewards: Sequence[BoundReward]
+    rewards: Rewards
     sampling: Sampling
     seed: int
     world: World

@@ -43,7 +43,13 @@ METRICS: dict[str, MetricInfo] = {
     "reward/solved_frac": MetricInfo("fraction", "mean", "rollouts with the full reward"),
     "reward/length_bonus": MetricInfo("reward", "mean", "what the algorithm added for an answer's length"),
     "reward/unjudged/*": MetricInfo("rollouts", "sum", "rollouts that this part could not judge"),
-    "reward/*": MetricInfo("reward", "mean", "this part before its weight, over rollouts it could judge"),
+    "reward/endings/*": MetricInfo(
+        "rollouts", "sum", "rollouts by reward and how it ended: ok wrong unparsable timeout crash error"
+    ),
+    "reward/latency/*": MetricInfo("s", "quantile", "time that this reward took for a rollout, at most, of this share"),
+    "reward/*": MetricInfo(
+        "reward", "mean", "this part before its weight, over rollouts it could judge, or a figure of its own"
+    ),
     "groups/num": MetricInfo("groups", "sum", "groups generated"),
     "groups/trained": MetricInfo("groups", "sum", "groups that the step trains on"),
     "groups/missing": MetricInfo("groups", "last", "groups that a step wanted and no wave of it found"),
@@ -86,6 +92,13 @@ METRICS: dict[str, MetricInfo] = {
         "term of BroRL's mass balance (`mass_balance.py`), over groups; or shared states",
         "arXiv:2510.01180, theorem 1",
     ),
+    "synth/seeds": MetricInfo("tasks", "sum", "tasks that the policy failed, from which new problems were made"),
+    "synth/diversity": MetricInfo("fraction", "last", "1 - Jaccard similarity to the nearest other new problem, mean"),
+    "synth/share": MetricInfo("fraction", "last", "synthetic tasks of the pool"),
+    "synth/measured": MetricInfo("problems", "sum", "new problems that the policy answered"),
+    "synth/sometimes_solved": MetricInfo("problems", "sum", "of those: solved by some answers and not by all"),
+    "synth/added": MetricInfo("problems", "sum", "problems that joined the tasks"),
+    "synth/*": MetricInfo("problems", "sum", "problems that came through this stage of synthesis"),
     "capability/revisited": MetricInfo("tasks", "sum", "tasks of the step that had been tried in an earlier one"),
     "capability/gain": MetricInfo("fraction", "mean", "over those: pass rate now of tasks never solved before, else 0"),
     "capability/sharpening": MetricInfo(

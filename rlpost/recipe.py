@@ -23,6 +23,7 @@ from rlpost.cluster_recipe import Failure, Preempt, Watchdog
 from rlpost.errors import RecipeError
 from rlpost.model_recipe import InitModel, Lora, Model
 from rlpost.plugins import did_you_mean, make_importable
+from rlpost.synth_recipe import Synth
 from rlpost.task_recipe import Evaluation, Prompting, Tasks, TaskSource
 from rlpost.yaml_tree import expand, override, parse
 
@@ -175,7 +176,11 @@ class Recipe:
     curriculum: dict[str, Any] = field(default_factory=lambda: {"use": "uniform"})
     """`use`: a name in `curricula/` or a dotted path; the rest are its parameters. Left out: the algorithm's."""
     rewards: list[dict[str, Any]] = field(default_factory=list)
-    """Each with `use` (a name in `rewards/` or a dotted path), `weight` (default 1.0), and the reward's parameters."""
+    """Each with `use` (a name in `rewards/` or a dotted path), `weight` (default 1.0), the reward's parameters, and
+    `on_error`, `timeout_s` (of `failure` where left out) and `isolate` (whether it runs in a process apart)."""
+    group_rewards: list[dict[str, Any]] = field(default_factory=list)
+    """The same for functions of a whole group, asked once it is complete and its rollouts have their `rewards`. What
+    they give is trained on; what counts as solved, and evaluation, know only `rewards`."""
     sampling: SamplingRecipe = field(default_factory=SamplingRecipe)
     explore: list[dict[str, Any]] = field(default_factory=list)
     """Explorers, asked in this order for further rollouts: each with `use` (a name in `rlpost/explore/` or a dotted
@@ -187,6 +192,8 @@ class Recipe:
     batch: BatchRecipe = field(default_factory=BatchRecipe)
     sft: Sft | None = None
     """Present: a base model is trained first, once, and kept in `run_dir`."""
+    synth: Synth | None = None
+    """Present: difficult problems can be made, with `rlpost synth`."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging = field(default_factory=Logging)
     save_every: int = 50

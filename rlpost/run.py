@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,9 @@ from rlpost.policy import load_policy, uses_flash_attention
 from rlpost.random_state import seed_all
 from rlpost.recipe import Recipe
 from rlpost.render import Renderer, check_lengths, generation_eos_ids, load_tokenizer
+from rlpost.reward_recipe import bind_rewards
 from rlpost.samples import Samples
-from rlpost.score import BoundReward, bind_rewards
+from rlpost.score import Rewards
 from rlpost.sft import base_model
 from rlpost.shards import Write
 from rlpost.task_filters import of_length
@@ -68,7 +70,7 @@ class Run:
     renderer: Renderer
     generator: Generator
     sampling: Sampling
-    rewards: list[BoundReward]
+    rewards: Rewards
     explorers: Explorers
     packer: Packer
     engine: Engine
@@ -100,6 +102,12 @@ class Run:
     def __post_init__(self) -> None:
         """What follows from the recipe alone."""
         self.health = Health(self.recipe.failure)
+
+    def close(self) -> None:
+        """End what lives beside the loop, the generator last."""
+        with ExitStack() as ends:
+            for part in (self.generator, self.trackers, self.checkpoints, self.rewards):
+                ends.callback(part.close)
 
     @property
     def engines(self) -> Engines:
@@ -147,9 +155,10 @@ def build(recipe: Recipe, world: World, clock: Clock) -> Run:
 def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
     """The parts, new; text is checked before anything is trained, and the generator takes its memory last."""
     train_tasks, eval_tasks = load_task_sets(recipe)
+    rewards = bind_rewards(recipe.rewards, recipe.failure, of_groups=recipe.group_rewards)
     renderer = make_renderer(recipe, start := model_folder(recipe, world))
     train_tasks = of_length(train_tasks, recipe.tasks.sources, renderer)
-    rewards, curriculum = bind_rewards(recipe.rewards, recipe.failure), make_curriculum(recipe, train_tasks)
+    curriculum = make_curriculum(recipe, train_tasks)
     sampling = training_sampling(recipe, train_tasks, renderer)
     evaluator = make_evaluator(recipe, eval_tasks, renderer, rewards, world)
     folder = open_run(recipe, world)
@@ -279,7 +288,7 @@ def make_explorers(recipe: Recipe, renderer: Renderer, sampling: Sampling) -> Ex
 
 
 def make_evaluator(
-    recipe: Recipe, tasks: list[Task], renderer: Renderer, rewards: list[BoundReward], world: World
+    recipe: Recipe, tasks: list[Task], renderer: Renderer, rewards: Rewards, world: World
 ) -> Evaluator | None:
     """The held-out evaluation, where there are held-out tasks."""
     if not tasks:

@@ -20,12 +20,18 @@ AT_HOME = {
         "rlpost/generate/weight_source.py",
     },
     "deepspeed": {"rlpost/engine.py", "rlpost/sequence_parallel.py"},
+    "pebble": {"rlpost/judges.py"},
     "omegaconf": {"rlpost/recipe.py", "rlpost/yaml_tree.py"},
     "datasets": {"rlpost/sources.py"},
     "datasketch": {"rlpost/duplicates.py"},
     "pyarrow": {"rlpost/sources.py"},
     "reasoning_gym": {"rlpost/sources.py"},
-    "matplotlib": {"rlpost/report/plots.py", "rlpost/scaling/plots.py", "rlpost/simulate/brorl.py"},
+    "matplotlib": {
+        "rlpost/report/plots.py",
+        "rlpost/scaling/plots.py",
+        "rlpost/simulate/brorl.py",
+        "rlpost/synth/collect.py",
+    },
     "rich": {
         "rlpost/catalogue.py",
         "rlpost/evaluation/table.py",
@@ -90,6 +96,9 @@ LIGHT = [
     "yaml_tree",
     "render",
     "score",
+    "judging",
+    "judges",
+    "reward_recipe",
     "alarms",
     "history",
     "watch",
@@ -97,6 +106,8 @@ LIGHT = [
     "report.payload",
     "report.page",
     "report.rollouts",
+    "synth.command",
+    "synth_recipe",
 ]
 
 

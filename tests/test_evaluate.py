@@ -7,7 +7,7 @@ import pytest
 from rlpost.errors import RunError
 from rlpost.evaluate import EVAL_SEED_OFFSET, Evaluator, pass_at_k, tabulate
 from rlpost.recipe import Evaluation
-from rlpost.score import bind_rewards
+from rlpost.reward_recipe import bind_rewards
 from rlpost.types import Rollout, Sampling, Task
 
 

@@ -35,6 +35,7 @@ DESCRIBED = (
     "recipes/*",
     "rlpost/*.py",
     "rlpost/*/*.py",
+    "rlpost/*/*/*.py",
     "rlpost/*/*.md",
     "rlpost/report/*.*",
     "rlpost/evaluation/*.*",

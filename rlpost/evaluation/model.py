@@ -18,8 +18,8 @@ from rlpost.manifest import on_main, write_json
 from rlpost.model_source import model_folder
 from rlpost.recipe import Recipe
 from rlpost.render import Renderer
+from rlpost.reward_recipe import bind_rewards
 from rlpost.run import make_evaluator, make_renderer
-from rlpost.score import bind_rewards
 from rlpost.sft import base_model
 from rlpost.tasks import load_tasks
 from rlpost.types import Task
@@ -50,14 +50,18 @@ def evaluate_sets(asked: Sequence[tuple[str, Recipe]], world: World, *, out: Pat
         for line in on_main(world, lambda: open_folder(out, questions)):
             rows[line["set"]][line["place"]] = line["row"]
     with ExitStack() as stack:
+        for one in sets:
+            stack.enter_context(closing(one.evaluator.rewards))
         generator: Generator | None = None
         for one in sets:
             left = [pair for pair in enumerate(one.evaluator.tasks) if pair[0] not in rows[one.name]]
-            if left and generator is None:
+            if not left:
+                continue
+            if generator is None:
                 generator = stack.enter_context(
                     closing(folder_generator(recipe, folder, one.evaluator.renderer, world))
                 )
-            for part in _parts(left, one.recipe.evaluation.n, world.size) if generator is not None else ():
+            for part in _parts(left, one.recipe.evaluation.n, world.size):
                 rows[one.name] |= _ask(one, part, generator, out)
                 _tell(one, len(rows[one.name]), world)
     found = {one.name: figures_of([row for _, row in sorted(rows[one.name].items())], one.recipe) for one in sets}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlpost.generate.base import Canary, SyncReport
+from rlpost.generate.base import Canary, SyncReport, Whole
 from rlpost.preempt import preemption
 from rlpost.types import Request, Rollout, Sampling
 from rlpost.weights import WeightStream
@@ -36,9 +36,15 @@ class HfGenerator:
         self.version: int | None = None
         self.model: Any = None
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, whole: Whole | None = None) -> list[Rollout]:
         """All rollouts of all requests."""
-        return [rollout for request in requests for rollout in self._one(request, sampling)]
+        rollouts = []
+        for request in requests:
+            found = self._one(request, sampling)
+            if whole is not None:
+                whole(found)
+            rollouts += found
+        return rollouts
 
     @contextmanager
     def awake(self, engine: Engine, version: int) -> Iterator[None]:

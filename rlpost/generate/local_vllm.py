@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlpost.errors import Preempted, RunError
-from rlpost.generate.base import Canary, SyncReport
+from rlpost.generate.base import Canary, SyncReport, Whole
 from rlpost.generate.vllm_features import loads_in_place, probe
 from rlpost.preempt import preemption
 from rlpost.types import FinishReason, Request, Rollout, Sampling
@@ -46,33 +46,38 @@ class LocalVllm:
         self._stream: WeightStream | None = None
         self._can_sleep = world.device.type == "cuda" and recipe.generator.sleep_level > 0
         self._asleep = False
-        self.llm = _start(recipe, folder, renderer.context, world)
+        self.llm = start(recipe, folder, renderer.context, world)
         cache = self.llm.llm_engine.vllm_config.cache_config
         self.prompt_block = int(cache.block_size) if cache.enable_prefix_caching else 0
         self._sleep()  # until the first `awake` nothing is generated, and the trainer wants its memory back
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, whole: Whole | None = None) -> list[Rollout]:
         """All rollouts of all requests; one vLLM call."""
         if not requests:
             return []
         prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
         params = [_params(request, sampling, seeded=self.recipe.seeding == "request") for request in requests]
+        made: dict[int, list[Rollout]] = {}
+        first = self.llm.request_counter.counter  # vLLM numbers requests on from here
+        version = -1 if self.version is None else self.version
+
+        def ended(answers: Any) -> None:
+            place = int(answers.request_id) - first
+            made[place] = [_rollout(requests[place], one, version, self.renderer) for one in answers.outputs]
+            if whole is not None:
+                whole(made[place])
+
         with torch.random.fork_rng(devices=[self.world.device] if self.world.device.type == "cuda" else []):
             torch.manual_seed(_call_seed(requests))
-            outputs = self._answers(prompts, params)
-        version = -1 if self.version is None else self.version
-        return [
-            _rollout(request, output, version, self.renderer)
-            for request, answers in zip(requests, outputs, strict=True)
-            for output in answers.outputs
-        ]
+            self._answers(prompts, params, ended)
+        return [rollout for place in range(len(requests)) for rollout in made[place]]
 
-    def _answers(self, prompts: list[Any], params: list[Any]) -> list[Any]:
+    def _answers(self, prompts: list[Any], params: list[Any], ended: Callable[[Any], None]) -> None:
         """One vLLM call; between the steps of its engine this rank looks whether it has been asked to leave."""
         engine = self.llm.llm_engine
-        with stepping(engine, preemption.poll):
+        with stepping(engine, preemption.poll, ended):
             try:
-                return self.llm.generate(prompts, params, use_tqdm=False)
+                self.llm.generate(prompts, params, use_tqdm=False)
             except Preempted:
                 engine.abort_request(list(engine.output_processor.request_states), internal=True)
                 raise
@@ -143,17 +148,24 @@ class FolderVllm(LocalVllm):
     def __init__(self, recipe: Recipe, folder: Path, renderer: Renderer, world: World) -> None:
         self.recipe, self.renderer, self.world = recipe.generator, renderer, world
         self.version = 0
-        self.llm = _start(recipe, folder, renderer.context, world, weights="auto")
+        self.llm = start(recipe, folder, renderer.context, world, weights="auto")
 
 
 @contextmanager
-def stepping(engine: Any, before: Callable[[], None]) -> Iterator[None]:
-    """Call `before` ahead of each step that vLLM's engine takes; requests stay one batch, and one seed a call."""
+def stepping(engine: Any, before: Callable[[], None], ended: Callable[[Any], None] | None = None) -> Iterator[None]:
+    """Call `before` ahead of each step that vLLM's engine takes, and `ended` for each request that is answered.
+
+    Requests stay one batch, and one seed a call.
+    """
     step = engine.step
 
     def watched() -> Any:
         before()
-        return step()
+        outputs = step()
+        for output in outputs:
+            if ended is not None and output.finished:
+                ended(output)
+        return outputs
 
     engine.step = watched
     try:
@@ -181,7 +193,8 @@ def _repack_head(worker: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def _start(recipe: Recipe, folder: Path, context: int, world: World, *, weights: str = "dummy") -> Any:
+def start(recipe: Recipe, folder: Path, context: int, world: World, *, weights: str = "dummy") -> Any:
+    """A `vllm.LLM`, with the trainer's weights to come (`dummy`) or those of the folder (`auto`)."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     on_cpu = world.device.type == "cpu"
@@ -256,6 +269,25 @@ def _params(request: Request, sampling: Sampling, *, seeded: bool) -> Any:
         stop_token_ids=list(sampling.stop_ids),
         logprobs=0,
         flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def text_params(n: int, seed: int, sampling: Sampling, *, logprobs: int | None) -> Any:
+    """How vLLM draws `n` texts that nothing is trained on: seeded one by one, without log-probs unless asked for."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=n,
+        seed=seed,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_new_tokens,
+        stop_token_ids=list(sampling.stop_ids),
+        logprobs=logprobs,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

@@ -1,0 +1,73 @@
+"""Rules for the text of a problem."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+
+from rlpost.synth.rows import Row
+
+
+def rules(
+    row: Row,
+    *,
+    min_chars: int = 4,
+    max_chars: int = 8000,
+    repeated: int = 5,
+    pattern: str | None = None,
+    language: str | None = None,
+) -> str | None:
+    """Why a problem goes, or None: cut off, too short or long, a run of words repeated, the form, the language.
+
+    `repeated`: as many copies of one run of words in a row, or of one character ten times as often, is a model that
+    is stuck. `pattern`: a regular expression that the whole problem must match. `language`: a script such as `latin`,
+    `cyrillic` or `han`, to which nine of ten letters must belong.
+    """
+    text = row["prompt"]
+    if row["finish"] != "stop":
+        return "cut off"
+    if not min_chars <= len(text) <= max_chars:
+        return "too short" if len(text) < min_chars else "too long"
+    if is_stuck(text, repeated):
+        return "repetition"
+    if pattern is not None and not re.fullmatch(pattern, text):
+        return "form"
+    if language is not None and not is_written_in(text, language):
+        return "language"
+    return None
+
+
+def is_stuck(text: str, times: int) -> bool:
+    """Whether a run of up to 20 words stands `times` or more in a row, or a character ten times as often.
+
+    >>> is_stuck("so we get so we get so we get so we get so we get", 5), is_stuck("7-0+6-3=", 5)
+    (True, False)
+    """
+    longest, run = 0, 0
+    for before, after in pairwise(text):
+        run = run + 1 if before == after else 0
+        longest = max(longest, run + 1)
+    if longest >= 10 * times:
+        return True
+    words = text.split()
+    for size in range(1, min(20, len(words) // times) + 1):
+        same = 0
+        for i in range(size, len(words)):
+            same = same + 1 if words[i] == words[i - size] else 0
+            if same >= size * (times - 1):
+                return True
+    return False
+
+
+def is_written_in(text: str, script: str) -> bool:
+    """Whether nine of ten letters are of a script, by their names in Unicode.
+
+    >>> is_written_in("Sei x eine Zahl", "latin"), is_written_in("设 x 为一个数", "latin")
+    (True, False)
+    """
+    import unicodedata
+
+    names = {"han": "CJK"}
+    wanted = names.get(script.lower(), script.upper())
+    letters = [one for one in text if one.isalpha()]
+    return sum(unicodedata.name(one, "").startswith(wanted) for one in letters) >= 0.9 * len(letters)
