@@ -43,7 +43,7 @@ def answered(text, *, passed=True, marked=1.0, finish="stop"):
 
 
 def test_flags_name_what_is_suspicious():
-    assert flags_of(answered("2 + 2 = 4\n#### 4")) == []
+    assert flags_of(answered("2 + 2 = 4\n#### 4")) == flags_of(answered("The answer is 2 + 2 = 4. #### 4")) == []
     found = flags_of(answered("2 + 2 = 5. The answer is 5. #### 4", marked=0.0, finish="length"))
     assert found == ["format: marked_answer is 0", "truncated", "contradiction: 2 + 2 = 5", "several answers: 5, 4"]
 
