@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,8 +92,6 @@ def recipe_of(model: str, recipe: Recipe) -> Recipe:
 
 def shape_of(model: str, recipe: Recipe) -> str:
     """What tells one model from another, without loading it."""
-    from dataclasses import asdict
-
     found = recipe_of(model, recipe)
     sft: Any = None if found.sft is None else asdict(found.sft)
     return digest([asdict(found.model), sft, found.seed])

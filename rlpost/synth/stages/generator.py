@@ -14,6 +14,7 @@ from rlpost.model_recipe import Lora
 from rlpost.recipe import Prompting, Recipe, Sft, TaskSource
 from rlpost.synth.bench import Bench
 from rlpost.synth.rows import Row
+from rlpost.synth.store import digest
 from rlpost.types import Task
 
 if TYPE_CHECKING:
@@ -43,9 +44,6 @@ def generator(
     `lora_rank`: train adapters of that rank instead of all weights, and merge them. What is returned says where the
     model is.
     """
-    from rlpost.model_source import cached_folder, is_ready, mark_ready
-    from rlpost.sft import sft
-
     start_recipe, start = bench.folder_of(model)
     tasks = [Task(str(row["id"]), prompt, solution=f"{row['prompt']}{end}") for row in rows]
     steps = max(1, math.ceil(epochs * len(tasks) / batch_size))
@@ -59,23 +57,30 @@ def generator(
         decay_frac=1 - warmup_frac,
         weight_decay=weight_decay,
     )
-    recipe = _recipe(start_recipe, lora_rank)
-    asked = {
+    folder = _trained(_recipe(start_recipe, lora_rank), section, start, tasks, bench)
+    return {"model": str(folder), "prompt": prompt, "end": end, "problems": len(tasks), "steps": steps}
+
+
+def _trained(recipe: Recipe, section: Sft, start: Path, tasks: Sequence[Task], bench: Bench) -> Path:
+    """The folder of the generator: trained now, or found where an equal one was trained before."""
+    from rlpost.model_source import cached_folder, is_ready, mark_ready
+    from rlpost.sft import sft
+
+    asked: dict[str, Any] = {
         "start": str(start),
         "sft": asdict(section),
-        "lora": lora_rank,
-        "texts": [task.solution for task in tasks],
-        "prompt": prompt,
+        "model": asdict(recipe.model),
+        "problems": digest([[task.prompt, task.solution] for task in tasks]),
         "seed": recipe.seed,
     }
     folder, world = cached_folder(Path(recipe.run_dir), "problems", asked), bench.world
-    assert world is not None
+    assert world is not None, "a stage that uses a model has one"
     if not world.max(int(is_ready(folder))):
         sft(recipe, section, start, folder, world, tasks=tasks)
         if world.is_main:
-            mark_ready(folder, {**asked, "texts": len(tasks)})
+            mark_ready(folder, asked)
         world.barrier()
-    return {"model": str(folder), "prompt": prompt, "end": end, "problems": len(tasks), "steps": steps}
+    return folder
 
 
 def _recipe(recipe: Recipe, lora_rank: int | None) -> Recipe:
