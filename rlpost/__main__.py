@@ -187,7 +187,8 @@ def evaluate(options: argparse.Namespace) -> None:
     from rlpost.world import World
 
     def run(world: World) -> None:
-        found = evaluate_sets(asked, world, out=out_of(options, recipe=is_recipe(options.target)))
+        out = out_of(options, recipe=is_recipe(options.target))
+        found = evaluate_sets(asked, world, out=out, against=options.against)
         if world.is_main:
             figures = {name: one["figures"] for name, one in found.items()}
             print(json.dumps(figures if options.tasks else figures[asked[0][0]], indent=2))

@@ -217,8 +217,7 @@ def start(recipe: Recipe, folder: Path, context: int, world: World, *, weights: 
         "use_tqdm_on_load": False,
         "max_model_len": context,
         "max_num_seqs": recipe.generator.max_num_seqs,
-        # In parts, vLLM would rewind the dice of a seeded request, which a CPU's cannot be.
-        "enable_chunked_prefill": False if on_cpu and recipe.generator.seeding == "request" else None,
+        "enable_chunked_prefill": _in_chunks(recipe.generator, on_cpu=on_cpu),
         "kv_cache_memory_bytes": int(recipe.generator.kv_cache_gib * 2**30) if on_cpu else None,
         "block_size": CPU_BLOCK if on_cpu else None,
         "gpu_memory_utilization": recipe.generator.memory_frac,
@@ -235,6 +234,14 @@ def start(recipe: Recipe, folder: Path, context: int, world: World, *, weights: 
         return LLM(**(arguments | recipe.generator.options))
     except (ValueError, RuntimeError, MemoryError) as error:
         raise RunError(_start_failed(error, recipe.generator, on_cpu=on_cpu)) from error
+
+
+def _in_chunks(recipe: GeneratorRecipe, *, on_cpu: bool) -> bool | None:
+    """Whether prompts are worked through in chunks; None: as vLLM likes.
+
+    Of a seeded request vLLM rewinds the dice after each chunk but the last, which it cannot do on a CPU (0.32).
+    """
+    return False if on_cpu and recipe.seeding == "request" else None
 
 
 def _start_failed(error: Exception, recipe: GeneratorRecipe, *, on_cpu: bool) -> str:
