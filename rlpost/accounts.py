@@ -19,7 +19,7 @@ from rlpost.types import Micro, Request, Rollout, Sampling
 
 if TYPE_CHECKING:
     from rlpost.engine import Engine
-    from rlpost.generate.base import Generator, SyncReport
+    from rlpost.generate.base import Generator, SyncReport, Whole
 
 PURPOSES = ("generate", "measure", "prox", "reference", "critic", "train")
 """What a step's FLOPs are for; those of an evaluation are apart."""
@@ -179,9 +179,9 @@ class Counted:
         """Of the generator itself."""
         return self.generator.prompt_block
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, whole: Whole | None = None) -> list[Rollout]:
         """All rollouts of all requests."""
-        rollouts = self.generator.generate(requests, sampling)
+        rollouts = self.generator.generate(requests, sampling, whole)
         self.accounts.generated(self.clock.phase, requests, rollouts, self.prompt_block)
         return rollouts
 

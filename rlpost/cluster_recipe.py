@@ -22,11 +22,16 @@ class Preempt:
 class Failure:
     """What becomes of a step in which something fails."""
 
-    reward_s: float | None = None
-    """Longest time that a reward may take for one rollout; null: no bound."""
-    reward: Literal["stop", "unjudged"] = "stop"
-    """What a reward that took longer does: end the run with its state saved, or leave the rollout unjudged, counted in
-    `reward/unjudged/<name>`."""
+    reward: Literal["raise", "drop", "zero"] = "raise"
+    """What becomes of a rollout on which a reward took too long, died or raised, unless its own `on_error` says
+    otherwise. `raise`: the run ends, its state saved. `drop`: it has no reward and is in no baseline. `zero`: 0. All
+    are counted by kind, in `reward/endings/<name>/<ending>`."""
+    reward_s: float | None = 60.0
+    """Longest time of a reward for one rollout, unless its own `timeout_s` says otherwise; null: no bound."""
+    reward_memory_gib: float | None = 8.0
+    """Most memory that a process with rewards may use; null: no bound."""
+    reward_workers: int | None = None
+    """Processes with rewards, of each rank; null: a core each, at most 8."""
     gradients: int = 3
     """A gradient that is not finite is not stepped with, and counted; so many in a row end the run, state saved."""
     empty_steps: int = 100

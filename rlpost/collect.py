@@ -6,14 +6,17 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from rlpost.algorithm_recipe import Interruption
-from rlpost.generate.base import Generator
+from rlpost.generate.base import Generator, Whole
 from rlpost.render import Renderer
 from rlpost.types import Group, Request, Rollout, Sampling, Task
 
+T = TypeVar("T")
 
-def shard(items: Sequence[Task], rank: int, size: int) -> list[tuple[int, Task]]:
+
+def shard(items: Sequence[T], rank: int, size: int) -> list[tuple[int, T]]:
     """This rank's share, each with its place in the whole.
 
     >>> shard(["a", "b", "c", "d"], rank=1, size=2)
@@ -33,14 +36,18 @@ def collect(
     first_group: int,
     seed: int,
     interruption: Interruption | None = None,
+    whole: Whole | None = None,
 ) -> list[Group]:
-    """One group of `group_size` rollouts for each (place, task); the group's id is `first_group + place`."""
+    """One group of `group_size` rollouts for each (place, task); the group's id is `first_group + place`.
+
+    `whole` is told of each group's rollouts as soon as the last of them has ended.
+    """
     groups = [
         Group(id, task, [], prompt_ids=renderer.prompt_ids(task), seed=request_seed(seed, id))
         for id, task in ((first_group + place, task) for place, task in tasks)
     ]
     requests = [group.request(group_size) for group in groups]
-    add_to(groups, answers(generator, renderer, requests, sampling, interruption))
+    add_to(groups, answers(generator, renderer, requests, sampling, interruption, whole=whole))
     return groups
 
 
@@ -57,10 +64,17 @@ def answers(
     requests: Sequence[Request],
     sampling: Sampling,
     interruption: Interruption | None = None,
+    *,
+    whole: Whole | None = None,
 ) -> list[Rollout]:
     """What was asked for: generated, or given with the request."""
-    rollouts = generator.generate([request for request in requests if request.given is None], sampling)
-    if interruption is not None and interruption.text is not None:
+    interrupts = interruption is not None and interruption.text is not None
+    wanted = [request for request in requests if request.given is None]
+    if whole is None or interrupts:  # what is interrupted has not ended yet
+        rollouts = generator.generate(wanted, sampling)
+    else:
+        rollouts = generator.generate(wanted, sampling, whole)
+    if interruption is not None and interrupts:
         rollouts = interrupted(rollouts, generator, renderer, sampling, interruption)
     return [*rollouts, *(_given(request, renderer) for request in requests if request.given is not None)]
 

@@ -18,11 +18,12 @@ from rlpost.types import Group, Rollout
 
 def log_rollouts(run: Run, step: int, groups: list[Group], kept: list[Group], waves: int) -> None:
     """Figures of all rollouts of the step and of those that are trained on, and some of them to read."""
-    metrics, full = run.metrics, sum(reward.weight for reward in run.rewards)
+    metrics, weights = run.metrics, {reward.name: reward.weight for reward in run.rewards}
     for group in groups:
         _log_group(metrics, group)
         for rollout in (*group.rollouts, *group.left_out):
-            _log_rollout(metrics, rollout, full)
+            _log_rollout(metrics, rollout, weights)
+            _log_verdicts(metrics, rollout)
             if rollout.role == "policy" and run.recipe.algorithm.length["use"] != "none":
                 metrics.mean("reward/length_bonus", rollout.length_reward)
     trained = [rollout for group in kept for rollout in group.rollouts if rollout.inclusion]
@@ -70,7 +71,14 @@ def _log_group(metrics: Metrics, group: Group) -> None:
                 metrics.mean(f"mass/{name}", value)
 
 
-def _log_rollout(metrics: Metrics, rollout: Rollout, full: float) -> None:
+def _log_verdicts(metrics: Metrics, rollout: Rollout) -> None:
+    """How each reward ended, and how long it took."""
+    for name, verdict in rollout.verdicts.items():
+        metrics.sum(f"reward/endings/{name}/{verdict.ending}", 1)
+        metrics.quantiles(f"reward/latency/{name}", [verdict.seconds])
+
+
+def _log_rollout(metrics: Metrics, rollout: Rollout, weights: Mapping[str, float]) -> None:
     length = len(rollout.token_ids)
     if rollout.role != "policy":
         _log_helped(metrics, rollout)
@@ -84,12 +92,16 @@ def _log_rollout(metrics: Metrics, rollout: Rollout, full: float) -> None:
         metrics.sum("rollouts/interrupted", 1)
     if rollout.reward is not None:
         metrics.mean("reward/mean", rollout.reward)
-        metrics.mean("reward/solved_frac", float(rollout.reward >= full))
+        own = sum(weight * (rollout.reward_parts.get(name) or 0.0) for name, weight in weights.items())
+        metrics.mean("reward/solved_frac", float(own >= sum(weights.values())))
     for name, part in rollout.reward_parts.items():
         if part is None:
             metrics.sum(f"reward/unjudged/{name}", 1)
         else:
             metrics.mean(f"reward/{name}", part)
+    for name, verdict in rollout.verdicts.items():
+        for figure, value in verdict.parts.items():
+            metrics.mean(f"reward/{name}/{figure}", value)
 
 
 def _log_helped(metrics: Metrics, rollout: Rollout) -> None:

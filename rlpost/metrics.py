@@ -43,7 +43,13 @@ METRICS: dict[str, MetricInfo] = {
     "reward/solved_frac": MetricInfo("fraction", "mean", "rollouts with the full reward"),
     "reward/length_bonus": MetricInfo("reward", "mean", "what the algorithm added for an answer's length"),
     "reward/unjudged/*": MetricInfo("rollouts", "sum", "rollouts that this part could not judge"),
-    "reward/*": MetricInfo("reward", "mean", "this part before its weight, over rollouts it could judge"),
+    "reward/endings/*": MetricInfo(
+        "rollouts", "sum", "rollouts by reward and how it ended: ok wrong unparsable timeout crash error"
+    ),
+    "reward/latency/*": MetricInfo("s", "quantile", "time that this reward took for a rollout, at most, of this share"),
+    "reward/*": MetricInfo(
+        "reward", "mean", "this part before its weight, over rollouts it could judge, or a figure of its own"
+    ),
     "groups/num": MetricInfo("groups", "sum", "groups generated"),
     "groups/trained": MetricInfo("groups", "sum", "groups that the step trains on"),
     "groups/missing": MetricInfo("groups", "last", "groups that a step wanted and no wave of it found"),
@@ -196,6 +202,10 @@ METRICS: dict[str, MetricInfo] = {
     "eval/n": MetricInfo("rollouts", "last", "answers a problem"),
     "eval/loss": MetricInfo("fraction", "last", "1 - pass@1, held out", "arXiv:2509.25300"),
     "eval/pass@*": MetricInfo("fraction", "last", "held-out pass@k; pass@1 by level too", "arXiv:2107.03374, eq. 1"),
+    "eval/maj@*": MetricInfo("fraction", "last", "held-out answers by vote of k samples", "arXiv:2203.11171"),
+    "eval/passuntil": MetricInfo("fraction", "last", "pass rate, tried on where it is low", "arXiv:2310.03262"),
+    "eval/drawn": MetricInfo("rollouts", "last", "answers that PassUntil drew in all"),
+    "eval/unjudged": MetricInfo("rollouts", "last", "held-out answers that no reward could judge: in no figure"),
     "eval/concentration": MetricInfo("fraction", "last", "held-out pass@1 / pass@k, k the largest"),
     "eval/gained_frac": MetricInfo("fraction", "last", "problems solved now, not at the first evaluation"),
     "eval/lost_frac": MetricInfo("fraction", "last", "problems solved at the first evaluation and not now"),

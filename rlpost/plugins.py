@@ -36,6 +36,8 @@ USER_CODE_ERRORS = (
 )
 """What a user's file may raise that becomes one message; anything rarer keeps its stack."""
 
+OF_REWARDS = frozenset({"use", "weight", "on_error", "timeout_s", "isolate"})
+"""Keys of a reward that the run reads itself: no parameter can have such a name."""
 _SIMPLE_TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -98,7 +100,7 @@ def bind(
     use = plugin.get("use")
     if not isinstance(use, str) or not use:
         raise RecipeError([f"{where}.use must name a plug-in in {package}/ or be `pkg.module:object` (got {use!r})"])
-    reserved = {"use", "weight"} if package == "rewards" else {"use"}
+    reserved = OF_REWARDS if package == "rewards" else {"use"}
     kwargs = {name: value for name, value in plugin.items() if name not in reserved}
     try:
         function = resolve(use, package)

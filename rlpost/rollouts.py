@@ -62,7 +62,7 @@ def wave(run: Run, step: int, size: int) -> list[Group]:
         tasks = choice(run, size)  # the same list on every rank
         mine = shard(tasks, world.rank, world.size)
     with run.clock("generate"):
-        how: dict[str, Any] = {"first_group": run.next_group, "seed": recipe.seed}
+        how: dict[str, Any] = {"first_group": run.next_group, "seed": recipe.seed, "whole": run.rewards.early}
         group_size, interruption = recipe.sampling.group_size, recipe.algorithm.interruption
         parts = run.generator, run.renderer, mine
         sampled = partial(collect, *parts, run.sampling, group_size=group_size, interruption=interruption, **how)
@@ -80,6 +80,9 @@ def wave(run: Run, step: int, size: int) -> list[Group]:
             group.greedy_reward = math.nan if reward is None else reward
     if run.explorers.every:
         explore(run, step, groups)
+    if run.rewards.of_groups:
+        with run.clock("reward"):
+            world.together(lambda: run.rewards.score_groups(groups))
     with run.clock("reward"):
         outcomes = outcomes_of(run, step, groups)
         run.curriculum.observe(outcomes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from rlpost.health import Health
 from rlpost.history import lines_of
 from rlpost.law import EntropyLaw
 from rlpost.metrics import Metrics
+from rlpost.mixture import mixed
 from rlpost.model_costs import model_costs
 from rlpost.model_source import context_length, model_folder
 from rlpost.noise_scale import NoiseScale
@@ -40,13 +41,16 @@ from rlpost.policy import load_policy, uses_flash_attention
 from rlpost.random_state import seed_all
 from rlpost.recipe import Recipe
 from rlpost.render import Renderer, check_lengths, generation_eos_ids, load_tokenizer
+from rlpost.reward_recipe import bind_rewards
 from rlpost.samples import Samples
-from rlpost.score import BoundReward, bind_rewards
+from rlpost.score import Rewards
 from rlpost.sft import base_model
 from rlpost.shards import Write
+from rlpost.task_filters import of_length
 from rlpost.tasks import load_task_sets
 from rlpost.trackers import Trackers
 from rlpost.types import Sampling, Task
+from rlpost.votes import voter
 from rlpost.widths import lr_scale, updates_a_step
 from rlpost.world import World
 
@@ -66,7 +70,7 @@ class Run:
     renderer: Renderer
     generator: Generator
     sampling: Sampling
-    rewards: list[BoundReward]
+    rewards: Rewards
     explorers: Explorers
     packer: Packer
     engine: Engine
@@ -98,6 +102,12 @@ class Run:
     def __post_init__(self) -> None:
         """What follows from the recipe alone."""
         self.health = Health(self.recipe.failure)
+
+    def close(self) -> None:
+        """End what lives beside the loop, the generator last."""
+        with ExitStack() as ends:
+            for part in (self.generator, self.trackers, self.checkpoints, self.rewards):
+                ends.callback(part.close)
 
     @property
     def engines(self) -> Engines:
@@ -145,8 +155,9 @@ def build(recipe: Recipe, world: World, clock: Clock) -> Run:
 def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
     """The parts, new; text is checked before anything is trained, and the generator takes its memory last."""
     train_tasks, eval_tasks = load_task_sets(recipe)
-    rewards, curriculum = bind_rewards(recipe.rewards, recipe.failure), make_curriculum(recipe, train_tasks)
+    rewards = bind_rewards(recipe.rewards, recipe.failure, of_groups=recipe.group_rewards)
     renderer = make_renderer(recipe, start := model_folder(recipe, world))
+    curriculum = make_curriculum(recipe, train_tasks := of_length(train_tasks, recipe.tasks.sources, renderer))
     sampling = training_sampling(recipe, train_tasks, renderer)
     evaluator = make_evaluator(recipe, eval_tasks, renderer, rewards, world)
     folder = open_run(recipe, world)
@@ -238,7 +249,7 @@ def make_renderer(recipe: Recipe, model: Path) -> Renderer:
 def make_curriculum(recipe: Recipe, tasks: list[Task]) -> Any:
     """The curriculum that the recipe names, over the training tasks."""
     curriculum = bind(recipe.curriculum, "curricula", where="curriculum", skip=1, supplied=("seed",))
-    return curriculum(tasks, seed=recipe.seed)
+    return mixed(recipe.tasks, tasks, lambda some: curriculum(some, seed=recipe.seed))
 
 
 def make_chosen(recipe: Recipe, folder: Path, tasks: list[Task], world: World) -> Chosen:
@@ -276,7 +287,7 @@ def make_explorers(recipe: Recipe, renderer: Renderer, sampling: Sampling) -> Ex
 
 
 def make_evaluator(
-    recipe: Recipe, tasks: list[Task], renderer: Renderer, rewards: list[BoundReward], world: World
+    recipe: Recipe, tasks: list[Task], renderer: Renderer, rewards: Rewards, world: World
 ) -> Evaluator | None:
     """The held-out evaluation, where there are held-out tasks."""
     if not tasks:
@@ -285,7 +296,9 @@ def make_evaluator(
     max_new_tokens = asked.max_new_tokens or recipe.sampling.max_new_tokens
     check_room(recipe, tasks, renderer, max_new_tokens, "tasks.eval")
     sampling = Sampling(max_new_tokens, asked.temperature, asked.top_p, stop_ids=renderer.stop_ids)
-    return Evaluator(tasks, asked, renderer, rewards, sampling, recipe.seed, world, recipe.algorithm.interruption)
+    vote = voter(asked.vote, recipe.rewards[0]["use"]) if recipe.rewards else None
+    interruption = recipe.algorithm.interruption
+    return Evaluator(tasks, asked, renderer, rewards, sampling, recipe.seed, world, interruption, vote)
 
 
 def make_engines(recipe: Recipe, model: Path, world: World) -> tuple[Engine, Reference | None, Critic | None]:
@@ -343,16 +356,3 @@ def make_generator(recipe: Recipe, model: Path, renderer: Renderer, first_task: 
     with engine.parking.making_room():
         engine.parking.policy_was_sent()  # nothing of it is needed yet
         return LocalVllm(recipe, model, renderer, canary, world)
-
-
-def evaluate_model(recipe: Recipe, world: World) -> dict[str, float]:
-    """Held-out figures of the recipe's start model, without a run."""
-    _, eval_tasks = load_task_sets(recipe)
-    model = base_model(recipe, world) if recipe.sft else model_folder(recipe, world)
-    renderer = make_renderer(recipe, model)
-    evaluator = make_evaluator(recipe, eval_tasks, renderer, bind_rewards(recipe.rewards), world)
-    if evaluator is None:
-        raise RunError("tasks.eval must name the held-out problems (the recipe has none): add tasks.eval.path")
-    engine, *_ = make_engines(recipe, model, world)
-    with closing(make_generator(recipe, model, renderer, eval_tasks[0], engine)) as generator:
-        return evaluator(generator, engine)

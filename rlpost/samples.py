@@ -10,7 +10,7 @@ from typing import Any
 from rich.text import Text
 
 from rlpost.trackers import rewind_jsonl
-from rlpost.types import Group, Rollout, Task
+from rlpost.types import Group, Rollout, Task, Verdict
 
 REMEMBERED = 1 << 17
 """Decoded tokens, and pairs of them, that are kept."""
@@ -71,18 +71,35 @@ def best_and_worst(rollouts: Sequence[Rollout], n: int) -> list[Rollout]:
 
 def sample(step: int, rollout: Rollout) -> dict[str, Any]:
     """One rollout as a JSON object that a person can read."""
+    verdicts = {name: told for name, verdict in rollout.verdicts.items() if (told := told_of(verdict))}
     return {
         "step": step,
+        "group": rollout.group,
         "task": rollout.task.key,
         "prompt": prompt_text(rollout.task),
         "answer": rollout.task.answer,
         "completion": rollout.text,
         "reward": rollout.reward,
         "parts": rollout.reward_parts,
+        **({"verdicts": verdicts} if verdicts else {}),
         "finish_reason": rollout.finish_reason,
         "num_tokens": len(rollout.token_ids),
         **({"role": rollout.role, "hint": rollout.hint, "level": rollout.level} if rollout.role != "policy" else {}),
     }
+
+
+def told_of(verdict: Verdict) -> dict[str, Any]:
+    """What a verdict has beside its value; how long it took is left out, as two runs differ by it.
+
+    >>> told_of(Verdict(1.0, "ok")), told_of(Verdict(0.0, "unparsable", note="no box"))
+    ({}, {'ending': 'unparsable', 'note': 'no box'})
+    """
+    found: dict[str, Any] = {} if verdict.ending in ("ok", "wrong") else {"ending": verdict.ending}
+    return (
+        found
+        | ({"parts": dict(verdict.parts)} if verdict.parts else {})
+        | ({"note": verdict.note} if verdict.note else {})
+    )
 
 
 def prompt_text(task: Task) -> str:

@@ -1,159 +1,202 @@
-"""Rewards on rollouts: every part named, and nothing that failed ever becomes a zero."""
+"""Rewards on rollouts: every part named, and nothing that failed becomes a zero unless the recipe says so."""
 
 from __future__ import annotations
 
-import asyncio
-import inspect
-import math
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from numbers import Real
-from typing import Any
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 from rlpost.cluster_recipe import Failure
-from rlpost.deadline import TimeOver, deadline
-from rlpost.errors import RecipeError, RunError
-from rlpost.metrics import METRICS
-from rlpost.plugins import bind
+from rlpost.errors import RunError
+from rlpost.judging import Shape, is_async, judge, source_of
 from rlpost.preempt import preemption
-from rlpost.types import Group, Rollout
+from rlpost.types import Group, Rollout, Verdict
 
-POLL_S = 0.5
-"""How often a rank that waits for async rewards looks whether it has been asked to leave."""
+if TYPE_CHECKING:
+    from rlpost.judges import Judges, Question
 
 
 @dataclass(frozen=True, slots=True)
 class BoundReward:
-    """A reward with its recipe parameters filled in; `call` is a plain or an async function of one rollout."""
+    """A reward with its recipe parameters filled in."""
 
     name: str
     weight: float
-    call: Callable[[Rollout], Any]
+    call: Callable[..., Any]
     limits: Failure = field(default_factory=Failure)
-    """How long it may take, and what becomes of a rollout for which it took longer."""
+    """How long it may take for one rollout, and what becomes of a rollout on which it failed."""
+    shape: Shape = "rollout"
+    plugin: Mapping[str, Any] | None = None
+    """What a process apart makes it from; None: it runs in this one."""
+
+    on_hang: str | None = None
+    """What becomes of an answer that it took too long for or died of: `ON_HANG` of a shipped reward's file."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether it judges one rollout at a time, and another process may judge the next one meanwhile."""
+        return self.shape == "rollout" and not is_async(self.call)
 
 
-def bind_rewards(rewards: Sequence[Mapping[str, Any]], limits: Failure | None = None) -> list[BoundReward]:
-    """The recipe's rewards, each under its own part name: the second `brevity` is `brevity_2`."""
-    bound: list[BoundReward] = []
-    # A part is logged as reward/<name>, beside figures that have taken some names already.
-    taken = {metric.removeprefix("reward/") for metric in METRICS if metric.startswith("reward/")}
-    for index, plugin in enumerate(rewards):
-        where = f"rewards.{index}"
-        call = bind(plugin, "rewards", where=where, skip=1)
-        weight = plugin.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise RecipeError([f"{where}.weight must be a finite number (got {weight!r})"])
-        stem = plugin["use"].rpartition(":")[2]
-        name = stem
-        count = 1
-        while name in taken:
-            count += 1
-            name = f"{stem}_{count}"
-        taken.add(name)
-        bound.append(BoundReward(name, float(weight), call, limits or Failure()))
-    return bound
+class Rewards(Sequence[BoundReward]):
+    """All rewards of a run, and the processes in which some of them run."""
+
+    def __init__(
+        self, each: Iterable[BoundReward], of_groups: Iterable[BoundReward] = (), limits: Failure | None = None
+    ) -> None:
+        self.each, self.of_groups = tuple(each), tuple(of_groups)
+        self._apart = [reward for reward in (*self.each, *self.of_groups) if reward.plugin is not None]
+        self._limits = limits or Failure()
+        self._judges: Judges | None = None
+        self._begun: dict[tuple[str, int], tuple[Question, int]] = {}
+        """(name, id of the rollout) -> the question that it is part of, and its place there."""
+
+    def __len__(self) -> int:
+        return len(self.each)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.each[index]
+
+    @property
+    def apart(self) -> bool:
+        """Whether some of them run in processes apart."""
+        return any(reward.plugin is not None for reward in self.each)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of every part, those of groups last."""
+        return {reward.name: reward.weight for reward in (*self.each, *self.of_groups)}
+
+    @property
+    def early(self) -> Callable[[Sequence[Rollout]], None] | None:
+        """What is to be told of a group that has been written while others are not; None where nothing runs apart."""
+        return self.begin if self.apart else None
+
+    def begin(self, rollouts: Sequence[Rollout]) -> None:
+        """Hand rollouts of one group to the processes while others are still being written; `score` waits for them."""
+        for reward in self.each:
+            if reward.plugin is not None:
+                units = [[rollout] for rollout in rollouts] if reward.alone else [list(rollouts)]
+                for unit in units:
+                    self._ask(reward, unit, None)
+
+    def score(self, groups: Sequence[Group]) -> dict[str, int]:
+        """Fill verdicts, parts and `reward` = sum of weight x part; how many rollouts each part could not judge.
+
+        A part that is None leaves the sum; a rollout that no part could judge has reward None, and so has one on which
+        a reward failed whose policy is `drop`.
+        """
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        for rollout in rollouts:
+            rollout.reward_parts, rollout.verdicts = {}, {}
+        for _, unit in itertools.groupby(rollouts, key=attrgetter("group")):
+            fresh = [rollout for rollout in unit if not self._has_begun(rollout)]
+            if fresh and self.apart:
+                self.begin(fresh)
+        for reward in self.each:
+            for rollout, verdict in zip(rollouts, self._judged(reward, rollouts, None), strict=True):
+                _take(reward, rollout, verdict)
+        self._begun.clear()
+        for rollout in rollouts:
+            rollout.reward = _sum(rollout, self.weights)
+        return {reward.name: sum(one.reward_parts[reward.name] is None for one in rollouts) for reward in self.each}
+
+    def score_groups(self, groups: Sequence[Group]) -> None:
+        """Add what the rewards of whole groups give to the rewards of their rollouts."""
+        asked = [group for group in groups if group.rollouts]
+        for reward in self.of_groups:
+            if reward.plugin is not None:
+                for group in asked:
+                    self._ask(reward, group.rollouts, group)
+        for reward, group in itertools.product(self.of_groups, asked):
+            for rollout, verdict in zip(group.rollouts, self._judged(reward, group.rollouts, group), strict=True):
+                _take(reward, rollout, verdict)
+        self._begun.clear()
+        for group in asked if self.of_groups else ():
+            for rollout in group.rollouts:
+                rollout.reward = _sum(rollout, self.weights)
+
+    def close(self) -> None:
+        """End the processes; rollouts that were begun are forgotten."""
+        self._begun.clear()
+        if self._judges is not None:
+            self._judges.close()
+
+    def _has_begun(self, rollout: Rollout) -> bool:
+        return any((reward.name, id(rollout)) in self._begun for reward in self.each)
+
+    def _ask(self, reward: BoundReward, rollouts: list[Rollout], group: Group | None) -> None:
+        from rlpost.judges import Judges, Question
+
+        if self._judges is None:
+            self._judges = Judges([one.plugin for one in self._apart if one.plugin is not None], self._limits)
+        question = Question(self._apart.index(reward), rollouts, group, reward.limits.reward_s)
+        self._judges.ask(question)
+        for place, rollout in enumerate(rollouts):
+            self._begun[reward.name, id(rollout)] = question, place
+
+    def _judged(self, reward: BoundReward, rollouts: list[Rollout], group: Group | None) -> list[Verdict]:
+        if reward.plugin is not None:
+            return self._answers(reward, rollouts)
+        how: dict[str, Any] = {"seconds": reward.limits.reward_s, "poll": preemption.poll}
+        if reward.shape != "rollouts":
+            return judge(reward.call, reward.shape, rollouts, group=group, **how)
+        units = [list(unit) for _, unit in itertools.groupby(rollouts, key=attrgetter("group"))]
+        return [verdict for unit in units for verdict in judge(reward.call, reward.shape, unit, **how)]
+
+    def _answers(self, reward: BoundReward, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        """What the processes say. Where several were waited for at once and all were lost, each is asked once more."""
+        assert self._judges is not None
+        found: dict[int, list[Verdict]] = {}
+        verdicts = []
+        for rollout in rollouts:
+            question, place = self._begun[reward.name, id(rollout)]
+            if id(question) not in found:
+                found[id(question)] = self._judges.answer(question)
+            verdict = found[id(question)][place]
+            if verdict.failed and reward.shape == "rollout" and len(question.rollouts) > 1 and _lost(verdict):
+                self._ask(reward, [rollout], None)
+                [verdict] = self._judges.answer(self._begun[reward.name, id(rollout)][0])
+            verdicts.append(verdict)
+        return verdicts
 
 
 def score(groups: Sequence[Group], rewards: Sequence[BoundReward]) -> dict[str, int]:
-    """Fill `reward_parts` and `reward` = sum of weight x part, and count what each part could not judge.
-
-    A part that is None leaves the sum; a rollout that no part could judge has reward None.
-    """
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    for rollout in rollouts:
-        rollout.reward_parts = {}
-    for reward in rewards:
-        for rollout, value in zip(rollouts, _judge(reward, rollouts), strict=True):
-            rollout.reward_parts[reward.name] = _number(reward, rollout, value)
-    weights = {reward.name: reward.weight for reward in rewards}
-    for rollout in rollouts:
-        judged = [weights[name] * part for name, part in rollout.reward_parts.items() if part is not None]
-        rollout.reward = sum(judged) if judged else None
-    return {name: sum(rollout.reward_parts[name] is None for rollout in rollouts) for name in weights}
+    """As `Rewards.score`."""
+    return (rewards if isinstance(rewards, Rewards) else Rewards(rewards)).score(groups)
 
 
-def _judge(reward: BoundReward, rollouts: list[Rollout]) -> list[Any]:
-    """What the reward returns for each rollout; an async reward waits for all of them at once."""
-    values = []
-    for rollout in rollouts:
-        preemption.poll()
-        try:
-            with deadline(reward.limits.reward_s):
-                values.append(reward.call(rollout))
-        except TimeOver as error:
-            _unless_left_out(reward, rollout, error)
-            values.append(None)
-        except Exception as error:  # a user's code may raise anything; it is only given context here
-            raise _failure(reward, rollout, error) from error
-    if any(inspect.isawaitable(value) for value in values):
-        return asyncio.run(_await_all(reward, rollouts, values))
-    return values
+def _lost(verdict: Verdict) -> bool:
+    """Whether a whole process was lost, with the verdicts on other rollouts."""
+    return verdict.seconds == 0.0
 
 
-async def _await_all(reward: BoundReward, rollouts: list[Rollout], values: list[Any]) -> list[Any]:
-    async def judge(rollout: Rollout, value: Any) -> Any:
-        if not inspect.isawaitable(value):
-            return value
-        try:
-            async with asyncio.timeout(reward.limits.reward_s) as limit:
-                return await value
-        except Exception as error:  # as above
-            if limit.expired():
-                _unless_left_out(reward, rollout, error)
-                return None
-            raise _failure(reward, rollout, error) from error
-
-    judged = asyncio.gather(*map(judge, rollouts, values))
-    while not judged.done():
-        preemption.poll()
-        await asyncio.wait([judged], timeout=POLL_S)
-    return list(judged.result())
+def _take(reward: BoundReward, rollout: Rollout, verdict: Verdict) -> None:
+    """Write a verdict down; where the reward failed and its policy is `raise`, that is the run's end."""
+    value = verdict.value
+    if verdict.failed:
+        policy = reward.limits.reward if verdict.ending == "error" else reward.on_hang or reward.limits.reward
+        if policy == "raise":
+            raise _failure(reward, rollout, verdict)
+        value = 0.0 if policy == "zero" else None
+    rollout.verdicts[reward.name], rollout.reward_parts[reward.name] = verdict, value
 
 
-def _unless_left_out(reward: BoundReward, rollout: Rollout, error: BaseException) -> None:
-    """A reward took too long: unless `failure.reward` leaves the rollout unjudged, that is the run's end."""
-    if reward.limits.reward == "unjudged":
-        return
-    raise RunError(
-        f"reward `{reward.name}` must judge a rollout within failure.reward_s={reward.limits.reward_s:g} s, and was "
-        f"still at {_place(reward, error)} for task {rollout.task.key}, whose completion begins {rollout.text[:80]!r}: "
-        "mend it, raise the bound, or set failure.reward=unjudged"
-    ) from error
+def _sum(rollout: Rollout, weights: Mapping[str, float]) -> float | None:
+    parts = rollout.reward_parts
+    if any(verdict.failed and parts[name] is None for name, verdict in rollout.verdicts.items()):
+        return None  # without this part the others would look like a worse answer, or a better one
+    judged = [weights[name] * part for name, part in parts.items() if part is not None]
+    return sum(judged) if judged else None
 
 
-def _number(reward: BoundReward, rollout: Rollout, value: Any) -> float | None:
-    if value is None:
-        return None
-    if not isinstance(value, Real) or not math.isfinite(float(value)):
-        raise RunError(
-            f"reward `{reward.name}` must return a finite number, or None where it cannot judge (got {value!r} for "
-            f"task {rollout.task.key}): change its return value in {_source(reward.call)}"
-        )
-    return float(value)
-
-
-def _failure(reward: BoundReward, rollout: Rollout, error: Exception) -> RunError:
+def _failure(reward: BoundReward, rollout: Rollout, verdict: Verdict) -> RunError:
+    more = " or raise its timeout_s (failure.reward_s)," if verdict.ending == "timeout" else ""
+    source = "" if source_of(reward.call) in verdict.note else f" (in {source_of(reward.call)})"
     return RunError(
-        f"reward `{reward.name}` must judge every rollout, and raised {type(error).__name__}: {error} at "
-        f"{_place(reward, error)} for task {rollout.task.key}, whose completion begins {rollout.text[:80]!r}: mend it, "
-        "or return None where it cannot judge"
+        f"reward `{reward.name}` must judge every rollout, and {verdict.note}{source} for task {rollout.task.key}, "
+        f"whose completion begins {rollout.text[:80]!r}: mend it,{more} let it return None where it cannot judge, or "
+        "set its on_error to drop or zero"
     )
-
-
-def _place(reward: BoundReward, error: BaseException) -> str:
-    """The last line of the reward's own file that an error came through."""
-    source = _source(reward.call)
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == source]
-    return f"{source}:{frames[-1].lineno}" if frames else source
-
-
-def _source(call: Callable[..., Any]) -> str:
-    """The file that the reward's function, or the class of a callable object, stands in."""
-    while isinstance(call, partial):
-        call = call.func
-    function = inspect.unwrap(call) if inspect.isroutine(call) else type(call).__call__
-    code = getattr(function, "__code__", None)
-    return code.co_filename if code is not None else repr(call)

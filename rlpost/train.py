@@ -46,7 +46,7 @@ def train(recipe: Recipe, world: World) -> Path:
     with Watchdog(recipe, world, clock):
         run = build(recipe, world, clock)
         shown = Progress(recipe, world, total_steps=recipe.steps, start=run.start_step)
-        with closing(run.generator), closing(run.trackers), closing(run.checkpoints), shown as progress:
+        with closing(run), shown as progress:
             preemption.check(world)
             if run.evaluator and "before" not in run.evals:
                 run.evals["before"] = evaluate(run, 0, progress)
@@ -134,7 +134,7 @@ def score_documents(run: Run, documents: list[Document]) -> list[Document]:
 
 def credited(run: Run, groups: list[Group], documents: list[Document]) -> list[Document]:
     """Every token with its advantage."""
-    weights = {reward.name: reward.weight for reward in run.rewards}
+    weights = run.rewards.weights
     kl_coef = run.objective.kl_coef
     documents = credit(groups, documents, run.recipe.algorithm, weights, kl_coef=kl_coef, world=run.world)
     return corrected(documents, groups, run.curriculum)

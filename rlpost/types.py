@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FinishReason = Literal["stop", "length", "abort"]
+Ending = Literal["ok", "wrong", "unparsable", "timeout", "crash", "error"]
+"""Of a reward on one rollout: it gave 1 or more; less; it found nothing to judge, or could not judge; it took too long;
+its process died or ran out of memory; it raised, or returned no number."""
+FAILED: tuple[Ending, ...] = ("timeout", "crash", "error")
+"""Where the reward is to blame, and not the answer."""
 Role = Literal["policy", "guided", "expert"]
 """Who wrote an answer: the policy on the problem alone, the policy with a hint beside it, or somebody else."""
 
@@ -113,6 +118,45 @@ class Request:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a reward may return instead of a number.
+
+    >>> Score(0.5, parts={"compiles": 1.0, "tests": 0.5}).value
+    0.5
+    """
+
+    value: float | None
+    """What counts; None: the reward cannot judge this."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Figures of its own, logged as `reward/<name>/<part>`; they are not added to the value."""
+    unparsable: bool = False
+    """No answer was found in the text. It is counted as such, and `value` holds all the same."""
+    note: str = ""
+    """A word for those who read `samples.jsonl`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came of asking one reward about one rollout.
+
+    >>> Verdict(None, "timeout", note="took longer than 2 s").failed
+    True
+    """
+
+    value: float | None
+    ending: Ending
+    parts: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+    """Of the reward, or where and how it failed."""
+    seconds: float = 0.0
+
+    @property
+    def failed(self) -> bool:
+        """Whether the reward is to blame, and not the answer."""
+        return self.ending in FAILED
+
+
 @dataclass(slots=True)
 class Rollout:
     """One sampled answer. Token ids stay as the generator returned them; text is only for rewards and readers.
@@ -148,6 +192,8 @@ class Rollout:
     reward: float | None = None
     """Weighted sum of the parts; None until scored, or where no reward could judge."""
     reward_parts: dict[str, float | None] = field(default_factory=dict)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    """What each part came from."""
     length_reward: float = 0.0
     """What the algorithm adds to the reward for the answer's length; not part of what counts as solved."""
     interrupted: bool = False

@@ -79,7 +79,10 @@ def length_mean(logp_BT, behavior_logp_BT, adv_BT, *, document_BT, mask_BT):
     trained_BT = (mask_BT & (document_BT >= 0)).float()
     return -adv_BT * logp_BT * trained_BT, {"row_tokens": trained_BT.sum(-1, keepdim=True).expand_as(logp_BT)}
 '''
-VARYING = ("unix_s", "time/", "total/device_s", "energy/", "total/energy", "sync/seconds", "sync/gb_per_s", "memory/")
+VARYING = (
+    *("unix_s", "time/", "reward/latency/", "total/device_s", "energy/", "total/energy"),
+    *("sync/seconds", "sync/gb_per_s", "memory/"),
+)
 
 
 def make_lab(folder: Path) -> Path:

@@ -38,6 +38,7 @@ DESCRIBED = (
     "rlpost/*/*/*.py",
     "rlpost/*/*.md",
     "rlpost/report/*.*",
+    "rlpost/evaluation/*.*",
     "rewards/*",
     "curricula/*",
 )

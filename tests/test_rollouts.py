@@ -16,8 +16,8 @@ from rlpost.frontier import Frontier
 from rlpost.metrics import Metrics
 from rlpost.packing import Packer
 from rlpost.recipe import ExploreBudget, Recipe, SamplingRecipe
+from rlpost.reward_recipe import bind_rewards
 from rlpost.rollouts import gather, next_wave
-from rlpost.score import bind_rewards
 from rlpost.types import Request, Sampling, Task
 from rlpost.world import World as RealWorld
 
@@ -96,7 +96,7 @@ def make_run(*kinds, prompts=4, world=None, explorers=(), budget=None, **algorit
         prompts_per_step=prompts,
         sampling=SamplingRecipe(group_size=2, max_new_tokens=8),
         algorithm=Algorithm(**algorithm),
-        rewards=[{"use": "test_rollouts:said"}],
+        rewards=[{"use": "test_rollouts:said", "isolate": False}],
     )
     return SimpleNamespace(
         recipe=recipe,

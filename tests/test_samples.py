@@ -41,6 +41,7 @@ def test_written_sample_says_what_a_reader_needs(tmp_path):
     assert "ä2" in text
     assert json.loads(text) == {
         "step": 3,
+        "group": 0,
         "task": "a",
         "prompt": "1+1=",
         "answer": "2",

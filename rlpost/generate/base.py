@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -45,6 +45,10 @@ CANARY_MIN, CANARY_MAX = 16, 64
 """Tokens of the canary: enough for a mean, few enough to cost one short forward pass."""
 
 
+Whole = Callable[[Sequence[Rollout]], None]
+"""Is told of the rollouts of a request."""
+
+
 class Generator(Protocol):
     """Samples rollouts. `awake` is the sole owner of the generator's weights and memory."""
 
@@ -58,8 +62,11 @@ class Generator(Protocol):
         """Answers to one prompt find whole blocks of so many of its tokens computed; 0: each computes all of it."""
         ...
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
-        """All rollouts of all requests, in the order of requests and n in a row for each."""
+    def generate(self, requests: Sequence[Request], sampling: Sampling, whole: Whole | None = None) -> list[Rollout]:
+        """All rollouts of all requests, in the order of requests and n in a row for each.
+
+        `whole` is told of a request's rollouts, the very ones that are returned, when the last of them has ended.
+        """
         ...
 
     def awake(self, engine: Engine, version: int) -> AbstractContextManager[None]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rlpost.generate.base import Canary, SyncReport
+from rlpost.generate.base import Canary, SyncReport, Whole
 from rlpost.preempt import preemption
 from rlpost.types import Request, Rollout, Sampling
 from rlpost.weights import WeightStream
@@ -34,9 +36,15 @@ class HfGenerator:
         self.version: int | None = None
         self.model: Any = None
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, whole: Whole | None = None) -> list[Rollout]:
         """All rollouts of all requests."""
-        return [rollout for request in requests for rollout in self._one(request, sampling)]
+        rollouts = []
+        for request in requests:
+            found = self._one(request, sampling)
+            if whole is not None:
+                whole(found)
+            rollouts += found
+        return rollouts
 
     @contextmanager
     def awake(self, engine: Engine, version: int) -> Iterator[None]:
@@ -110,6 +118,16 @@ class HfGenerator:
             version=-1 if self.version is None else self.version,
             text=self.renderer.decode(ids[:end]),
         )
+
+
+class FolderHf(HfGenerator):
+    """Plain transformers with the weights of a folder, for evaluation alone: there is no trainer."""
+
+    def __init__(self, recipe: Recipe, folder: Path, renderer: Renderer, world: World) -> None:
+        from rlpost.policy import load_policy
+
+        self.renderer, self.world, self.version = renderer, world, 0
+        self.model = load_policy(folder, replace(recipe.model, lora=None)).model.to(world.device).eval()
 
 
 def processed_logp(logits_NV: Tensor, sampling: Sampling) -> Tensor:

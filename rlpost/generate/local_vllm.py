@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlpost.errors import Preempted, RunError
-from rlpost.generate.base import Canary, SyncReport
+from rlpost.generate.base import Canary, SyncReport, Whole
 from rlpost.generate.vllm_features import loads_in_place, probe
 from rlpost.preempt import preemption
 from rlpost.types import FinishReason, Request, Rollout, Sampling
@@ -51,28 +51,33 @@ class LocalVllm:
         self.prompt_block = int(cache.block_size) if cache.enable_prefix_caching else 0
         self._sleep()  # until the first `awake` nothing is generated, and the trainer wants its memory back
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, whole: Whole | None = None) -> list[Rollout]:
         """All rollouts of all requests; one vLLM call."""
         if not requests:
             return []
         prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
         params = [_params(request, sampling, seeded=self.recipe.seeding == "request") for request in requests]
+        made: dict[int, list[Rollout]] = {}
+        first = self.llm.request_counter.counter  # vLLM numbers requests on from here
+        version = -1 if self.version is None else self.version
+
+        def ended(answers: Any) -> None:
+            place = int(answers.request_id) - first
+            made[place] = [_rollout(requests[place], one, version, self.renderer) for one in answers.outputs]
+            if whole is not None:
+                whole(made[place])
+
         with torch.random.fork_rng(devices=[self.world.device] if self.world.device.type == "cuda" else []):
             torch.manual_seed(_call_seed(requests))
-            outputs = self._answers(prompts, params)
-        version = -1 if self.version is None else self.version
-        return [
-            _rollout(request, output, version, self.renderer)
-            for request, answers in zip(requests, outputs, strict=True)
-            for output in answers.outputs
-        ]
+            self._answers(prompts, params, ended)
+        return [rollout for place in range(len(requests)) for rollout in made[place]]
 
-    def _answers(self, prompts: list[Any], params: list[Any]) -> list[Any]:
+    def _answers(self, prompts: list[Any], params: list[Any], ended: Callable[[Any], None]) -> None:
         """One vLLM call; between the steps of its engine this rank looks whether it has been asked to leave."""
         engine = self.llm.llm_engine
-        with stepping(engine, preemption.poll):
+        with stepping(engine, preemption.poll, ended):
             try:
-                return self.llm.generate(prompts, params, use_tqdm=False)
+                self.llm.generate(prompts, params, use_tqdm=False)
             except Preempted:
                 engine.abort_request(list(engine.output_processor.request_states), internal=True)
                 raise
@@ -137,14 +142,30 @@ class LocalVllm:
         return [table[token].logprob for token, table in zip(token_ids[1:], answer.prompt_logprobs[1:], strict=True)]
 
 
+class FolderVllm(LocalVllm):
+    """A vLLM engine with the weights of its folder, for evaluation alone: there is no trainer, and it never sleeps."""
+
+    def __init__(self, recipe: Recipe, folder: Path, renderer: Renderer, world: World) -> None:
+        self.recipe, self.renderer, self.world = recipe.generator, renderer, world
+        self.version = 0
+        self.llm = start(recipe, folder, renderer.context, world, weights="auto")
+
+
 @contextmanager
-def stepping(engine: Any, before: Callable[[], None]) -> Iterator[None]:
-    """Call `before` ahead of each step that vLLM's engine takes; requests stay one batch, and one seed a call."""
+def stepping(engine: Any, before: Callable[[], None], ended: Callable[[Any], None] | None = None) -> Iterator[None]:
+    """Call `before` ahead of each step that vLLM's engine takes, and `ended` for each request that is answered.
+
+    Requests stay one batch, and one seed a call.
+    """
     step = engine.step
 
     def watched() -> Any:
         before()
-        return step()
+        outputs = step()
+        for output in outputs:
+            if ended is not None and output.finished:
+                ended(output)
+        return outputs
 
     engine.step = watched
     try:
@@ -172,8 +193,8 @@ def _repack_head(worker: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def start(recipe: Recipe, folder: Path, context: int, world: World) -> Any:
-    """A `vllm.LLM` with dummy weights, unless `generator.options` name another `load_format`."""
+def start(recipe: Recipe, folder: Path, context: int, world: World, *, weights: str = "dummy") -> Any:
+    """A `vllm.LLM`, with the trainer's weights to come (`dummy`) or those of the folder (`auto`)."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     on_cpu = world.device.type == "cpu"
@@ -192,19 +213,21 @@ def start(recipe: Recipe, folder: Path, context: int, world: World) -> Any:
         "model": str(folder),
         "dtype": recipe.model.dtype,
         "hf_overrides": {"head_dtype": recipe.model.head_dtype} if recipe.model.head_dtype else None,
-        "load_format": "dummy",
+        "load_format": weights,
+        "use_tqdm_on_load": False,
         "max_model_len": context,
         "max_num_seqs": recipe.generator.max_num_seqs,
+        "enable_chunked_prefill": _in_chunks(recipe.generator, on_cpu=on_cpu),
+        "kv_cache_memory_bytes": int(recipe.generator.kv_cache_gib * 2**30) if on_cpu else None,
+        "block_size": CPU_BLOCK if on_cpu else None,
         "gpu_memory_utilization": recipe.generator.memory_frac,
         "enforce_eager": on_cpu if recipe.generator.enforce_eager is None else recipe.generator.enforce_eager,
-        "enable_sleep_mode": not on_cpu and recipe.generator.sleep_level > 0,
+        "enable_sleep_mode": not on_cpu and recipe.generator.sleep_level > 0 and weights == "dummy",
         "logprobs_mode": "processed_logprobs",
         "seed": recipe.seed,
         "disable_log_stats": True,
         "trust_remote_code": recipe.model.trust_remote_code,
     }
-    if on_cpu:
-        arguments |= _on_a_cpu(recipe.generator)
     if world.size > 1:
         arguments["distributed_executor_backend"] = "external_launcher"  # this process is already a rank
     try:
@@ -213,13 +236,12 @@ def start(recipe: Recipe, folder: Path, context: int, world: World) -> Any:
         raise RunError(_start_failed(error, recipe.generator, on_cpu=on_cpu)) from error
 
 
-def _on_a_cpu(generator: GeneratorRecipe) -> dict[str, Any]:
-    """What vLLM is told on a CPU alone.
+def _in_chunks(recipe: GeneratorRecipe, *, on_cpu: bool) -> bool | None:
+    """Whether prompts are worked through in chunks; None: as vLLM likes.
 
-    A seeded request whose prompt is cut in two makes vLLM (0.32) turn back a random generator, which a CPU's cannot.
+    Of a seeded request vLLM rewinds the dice after each chunk but the last, which it cannot do on a CPU (0.32).
     """
-    whole = {"enable_chunked_prefill": False} if generator.seeding == "request" else {}
-    return {"kv_cache_memory_bytes": int(generator.kv_cache_gib * 2**30), "block_size": CPU_BLOCK} | whole
+    return False if on_cpu and recipe.seeding == "request" else None
 
 
 def _start_failed(error: Exception, recipe: GeneratorRecipe, *, on_cpu: bool) -> str:

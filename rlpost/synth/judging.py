@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rlpost.generate.writers import Written
 from rlpost.recipe import Recipe
-from rlpost.score import bind_rewards, score
+from rlpost.reward_recipe import bind_rewards
+from rlpost.score import score
 from rlpost.synth.rows import Row, rollout_of
 from rlpost.types import Group, Task
 

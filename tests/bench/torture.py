@@ -33,7 +33,17 @@ STEPS = 12
 START = ("start", "setup")
 PHASES = (*START, "evaluate", "sync", "generate", "reward", "score", "train", "log", "checkpoint", "saving")
 """`saving`: while the folder of a checkpoint that is not whole is there, whatever the loop does meanwhile."""
-VARYING = ("unix_s", "time/", "total/device_s", "energy/", "total/energy", "sync/seconds", "sync/gb_per_s", "memory/")
+VARYING = (
+    "unix_s",
+    "time/",
+    "reward/latency/",
+    "total/device_s",
+    "energy/",
+    "total/energy",
+    "sync/seconds",
+    "sync/gb_per_s",
+    "memory/",
+)
 LONGEST_S = 1500
 RECIPE = """
 steps: STEPS
@@ -297,7 +307,9 @@ def _ended(pids: list[int]) -> list[tuple[int, int]]:
 
 
 def events(folder: Path) -> list[tuple[int, float]]:
-    """(step, mean reward) as TensorBoard shows them."""
+    """(step, mean reward) as TensorBoard shows them; none where the run has written nothing for it."""
+    if not (folder / "tensorboard").exists():
+        return []
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     accumulator = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
