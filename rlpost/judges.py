@@ -113,7 +113,13 @@ class Judges:
         context.set_forkserver_preload(["rlpost.judges", *needs(self.plugins, shipped_only=True)])
         self._folder = Path(tempfile.mkdtemp(prefix="rlpost-judges-"))
         memory = self.limits.reward_memory_gib
-        arguments = (self.plugins, None if memory is None else int(memory * 2**30), str(self._folder), list(sys.path))
+        arguments = (
+            self.plugins,
+            self.workers,
+            None if memory is None else int(memory * 2**30),
+            str(self._folder),
+            list(sys.path),
+        )
         self._pool = ProcessPool(self.workers, initializer=begin, initargs=arguments, context=context)
 
     def close(self) -> None:
@@ -174,13 +180,14 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def begin(plugins: Sequence[Mapping[str, Any]], memory: int | None, folder: str, path: Sequence[str]) -> None:
+def begin(plugins: Sequence[Mapping[str, Any]], workers: int, memory: int | None, folder: str, path: list[str]) -> None:
     """In a new worker: a process group of its own, its limits, and the rewards."""
     os.setsid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     Path(folder, str(os.getpid())).touch()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, "1")
+    os.environ["RLPOST_JUDGES"] = str(workers)
     sys.path[:] = path
     try:
         _bound[:] = [bind(plugin, "rewards", where="rewards", skip=1) for plugin in plugins]

@@ -31,6 +31,9 @@ class BoundReward:
     plugin: Mapping[str, Any] | None = None
     """What a process apart makes it from; None: it runs in this one."""
 
+    on_hang: str | None = None
+    """What becomes of an answer that it took too long for or died of: `ON_HANG` of a shipped reward's file."""
+
     @property
     def alone(self) -> bool:
         """Whether it judges one rollout at a time, and another process may judge the next one meanwhile."""
@@ -174,9 +177,10 @@ def _take(reward: BoundReward, rollout: Rollout, verdict: Verdict) -> None:
     """Write a verdict down; where the reward failed and its policy is `raise`, that is the run's end."""
     value = verdict.value
     if verdict.failed:
-        if reward.limits.reward == "raise":
+        policy = reward.limits.reward if verdict.ending == "error" else reward.on_hang or reward.limits.reward
+        if policy == "raise":
             raise _failure(reward, rollout, verdict)
-        value = 0.0 if reward.limits.reward == "zero" else None
+        value = 0.0 if policy == "zero" else None
     rollout.verdicts[reward.name], rollout.reward_parts[reward.name] = verdict, value
 
 

@@ -193,10 +193,18 @@ def _repack_head(worker: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
+def _set_environment(*, on_cpu: bool) -> None:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if on_cpu:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling costs more than it gains on a CPU
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer shares these cores
+
+
 def start(recipe: Recipe, folder: Path, context: int, world: World, *, weights: str = "dummy") -> Any:
     """A `vllm.LLM`, with the trainer's weights to come (`dummy`) or those of the folder (`auto`)."""
     on_cpu = world.device.type == "cpu"
-    _prepare(on_cpu=on_cpu)
+    _set_environment(on_cpu=on_cpu)
     from vllm import LLM
 
     features = probe()
@@ -230,15 +238,6 @@ def start(recipe: Recipe, folder: Path, context: int, world: World, *, weights: 
         return LLM(**(arguments | recipe.generator.options))
     except (ValueError, RuntimeError, MemoryError) as error:
         raise RunError(_start_failed(error, recipe.generator, on_cpu=on_cpu)) from error
-
-
-def _prepare(*, on_cpu: bool) -> None:
-    """Set what vLLM reads from the environment when it is imported."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if on_cpu:
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling costs more than it gains on a CPU
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer shares these cores
 
 
 def _in_chunks(recipe: GeneratorRecipe, *, on_cpu: bool) -> bool | None:

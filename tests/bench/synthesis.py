@@ -29,12 +29,12 @@ from tests.bench.curricula import interval
 
 RECIPE = "recipes/scalediff_testbed.yaml"
 PROBLEM = re.compile(r"\d([+-]\d)+=")
-DIFFICULT = 0.7
+DIFFICULT = 0.85
 """As `synth.identify.at_least` of the recipe: 1 - pass rate of the base."""
 ORIGINALS = [
     "synth.identify={use: 'tests.bench.synthesis:everything'}",
     "synth.train={use: 'tests.bench.synthesis:nothing'}",
-    "synth.sample={use: 'tests.bench.synthesis:originals', number: 640}",
+    "synth.sample={use: 'tests.bench.synthesis:originals', number: 3000}",
     "synth.screen=[]",
     "synth.filters=[{use: solution_rules}, {use: agreement, at_least: 0.6}]",
 ]
