@@ -379,6 +379,15 @@ def quiet() -> None:
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     for library in ("torch", "deepspeed", "vllm", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{library}(\..*)?")
+    warnings.formatwarning = as_sentence
+
+
+def as_sentence(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of rlpost as a person should read it; those of libraries say where they come from."""
+    ours = Path(filename).is_relative_to(Path(__file__).parent)
+    return f"warning: {message}\n" if ours else f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 if __name__ == "__main__":
