@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rlpost.errors import Preempted, RecipeError, RunError, without_secrets
 from rlpost.preempt import PREEMPTED, preemption
 from rlpost.report.command import add_commands
+from rlpost.reward_commands import add_reward_commands
 from rlpost.scaling.options import add_scaling
 from rlpost.simulate.options import add_simulations
 
@@ -94,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     add_simulations(commands)
     add_scaling(commands)
     add_commands(commands)
+    add_reward_commands(commands)
     return top
 
 

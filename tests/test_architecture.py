@@ -20,7 +20,7 @@ AT_HOME = {
         "rlpost/generate/weight_source.py",
     },
     "deepspeed": {"rlpost/engine.py", "rlpost/sequence_parallel.py"},
-    "httpx": {"rewards/_endpoint.py"},
+    "httpx": {"rewards/_endpoint.py", "rlpost/sources.py"},
     "math_verify": {"rewards/_symbolic.py"},
     "pebble": {"rlpost/judges.py"},
     "omegaconf": {"rlpost/recipe.py", "rlpost/yaml_tree.py"},
@@ -31,8 +31,10 @@ AT_HOME = {
     "rich": {
         "rlpost/catalogue.py",
         "rlpost/progress.py",
+        "rlpost/rescore.py",
         "rlpost/samples.py",
         "rlpost/simulate/brorl.py",
+        "rlpost/try_reward.py",
         "rlpost/watch.py",
     },
     "scipy": {
