@@ -18,6 +18,7 @@ from rlpost.evaluation.audit_command import add_audit
 from rlpost.evaluation.options import add_eval, asked_of, out_of
 from rlpost.preempt import PREEMPTED, preemption
 from rlpost.report.command import add_commands
+from rlpost.reward_commands import add_reward_commands
 from rlpost.scaling.options import add_scaling
 from rlpost.simulate.options import add_simulations
 from rlpost.synth.options import add_synth
@@ -101,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     add_simulations(commands)
     add_scaling(commands)
     add_commands(commands)
+    add_reward_commands(commands)
     return top
 
 
