@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,14 +81,14 @@ def run(program: str, stdin: str = "", limits: Limits | None = None) -> Ran:
         )
         timed_out = not ended(process, limits.seconds + START_S, given)
         status = process.returncode
-        found = [text_of(file, SHOWN) for file in (output, errors)]
-        if status == NO_NAMESPACES and found[1].startswith("no namespaces"):
+        printed, complaint = text_of(output, SHOWN), text_of(errors, SHOWN)
+        if status == NO_NAMESPACES and complaint.startswith("no namespaces"):
             raise RunError(
-                f"sandbox: this system must allow namespaces to run a program apart ({found[1].strip()}): allow user "
+                f"sandbox: this system must allow namespaces to run a program apart ({complaint.strip()}): allow user "
                 "namespaces, or set sandbox=limits, which leaves network and files open to it"
             )
         over = timed_out or status in (TIME_OVER, 128 + signal.SIGXCPU)
-        return Ran(status, *found, text_of(result, limits.files_mib << 20), timed_out=over)
+        return Ran(status, printed, complaint, text_of(result, limits.files_mib << 20), timed_out=over)
 
 
 def ended(process: subprocess.Popen[Any], seconds: float, given: IO[bytes]) -> bool:
@@ -105,7 +105,7 @@ def ended(process: subprocess.Popen[Any], seconds: float, given: IO[bytes]) -> b
 
 
 @contextmanager
-def files(program: str, stdin: str) -> Iterator[list[IO[bytes]]]:
+def files(program: str, stdin: str) -> Iterator[Sequence[IO[bytes]]]:
     """The program, its input, and where its output, errors and result go: files without a name."""
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(5)]

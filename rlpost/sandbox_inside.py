@@ -7,7 +7,6 @@ processes hold for it even where the run itself is root's.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import os
@@ -25,7 +24,7 @@ MNT_DETACH = 2
 SYS_PIVOT_ROOT, SYS_MOUNT_SETATTR = 155, 442
 """On x86-64; on arm64 the first is 41."""
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
-PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
 FIRST_UID = 200_000
 NO_NAMESPACES, TIME_OVER = 97, 98
 """Exit status where the system refuses, and where the program took too long."""
@@ -68,9 +67,7 @@ def cut_off(asked: dict[str, Any]) -> None:
         is_root = False  # in a container that has taken the right away
         check(libc.unshare(EVERYTHING | NEW_USERS), "unshare")
     if not is_root:
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"1000 {uid} 1")
-        Path("/proc/self/gid_map").write_text(f"1000 {gid} 1")
+        map_user(uid, gid)
     outside = os.getpid()
     if child := os.fork():
         _, status = os.waitpid(child, 0)
@@ -83,10 +80,18 @@ def cut_off(asked: dict[str, Any]) -> None:
         os.setgroups([])
         os.setresgid(nobody, nobody, nobody)
         os.setresuid(nobody, nobody, nobody)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/sys/user/max_user_namespaces").write_text("0")
+        libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
+        check(libc.unshare(NEW_USERS), "unshare users")
+        map_user(nobody, nobody)
+    Path("/proc/sys/user/max_user_namespaces").write_text("0")  # in its own it could mount things
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # who changes its user loses it
+
+
+def map_user(uid: int, gid: int) -> None:
+    """This user is the only one of the new namespace, and not its root."""
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"1000 {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"1000 {gid} 1")
 
 
 def file_system(root: str, size_mib: int) -> None:

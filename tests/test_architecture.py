@@ -38,8 +38,10 @@ AT_HOME = {
         "rlpost/catalogue.py",
         "rlpost/evaluation/table.py",
         "rlpost/progress.py",
+        "rlpost/rescore.py",
         "rlpost/samples.py",
         "rlpost/simulate/brorl.py",
+        "rlpost/try_reward.py",
         "rlpost/watch.py",
     },
     "scipy": {

@@ -51,7 +51,10 @@ def figures_of(rows: Sequence[dict[str, Any]], recipe: Recipe) -> dict[str, Any]
     """Figures, and 95 % intervals of those that are means over problems."""
     n, ks = recipe.evaluation.n, recipe.evaluation.k
     found = intervals(per_problem(rows, n, ks), seed=recipe.seed)
-    return {"figures": tabulate(rows, n, ks), "intervals": {name: list(ends) for name, ends in found.items()}}
+    figures = tabulate(rows, n, ks)
+    if "pass@1" in figures and not any(row["unjudged"] for row in rows):
+        figures[f"mean@{n}"] = figures["pass@1"]  # the same by another name, where every answer was judged
+    return {"figures": figures, "intervals": {name: list(ends) for name, ends in found.items()}}
 
 
 def compared(

@@ -20,7 +20,8 @@ def print_table(sets: Mapping[str, Mapping[str, Any]], console: Console | None =
     table = Table("figure", title="evaluation, 95 % over problems")
     for name in sets:
         table.add_column(Text(name), justify="right")
-    names = dict.fromkeys(name for one in sets.values() for name in one["figures"] if name not in LEFT_OUT)
+    every = dict.fromkeys(name for one in sets.values() for name in one["figures"])
+    names = [name for name in every if name not in LEFT_OUT and not name.startswith("mean@")]
     for name in sorted(names, key=lambda name: name in COUNTS):
         cells = [Text(cell(name, one)) for one in sets.values()]
         table.add_row(Text("pass@1 (mean@n)" if name == "pass@1" else name), *cells)
