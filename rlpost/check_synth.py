@@ -70,7 +70,7 @@ def _online(recipe: Recipe) -> list[str]:
         return []
     problems = [
         f"synth.online.{key} must be > 0 (got {getattr(online, key)})"
-        for key in ("every", "seeds", "number", "most", "measure", "budget")
+        for key in ("every", "seeds", "epochs", "number", "most", "measure", "budget")
         if getattr(online, key) <= 0
     ]
     problems += [

@@ -29,6 +29,8 @@ class Online:
     """Steps between rounds; before step 0 there is none."""
     seeds: int = 64
     """Training tasks of a round that the policy failed last, from which the generator goes on learning."""
+    epochs: float = 4.0
+    """Of that, where `rlpost synth` has made a generator for this run: many on few seeds make copies of them."""
     number: int = 256
     """Problems that a round samples, in place of `synth.sample.number`."""
     path: str | None = None

@@ -25,7 +25,7 @@ from rlpost.rollouts import outcomes_of, score_together
 from rlpost.synth.collect import FUNNEL, PROBLEMS
 from rlpost.synth.filters.near_duplicates import text_of
 from rlpost.synth.stages.generator import generator_of_folder
-from rlpost.synth_recipe import Online
+from rlpost.synth_recipe import SHIPPED, Online
 from rlpost.types import Outcome, Task
 
 if TYPE_CHECKING:
@@ -183,6 +183,9 @@ def round_recipe(run: Run, online: Online, step: int, folder: Path) -> Recipe:
     recipe = run.recipe
     assert recipe.synth is not None
     start = generator_of_folder(run.folder / "synth")
+    going_on = {"model": start["model"], "epochs": online.epochs} if start is not None else {}
+    if recipe.synth.train["use"] != SHIPPED["train"]:
+        going_on = {}  # somebody's own takes what it takes
     pool = [{"path": str(folder / "pool.jsonl")}]
     screen = [
         {**one, "held_out": [*one.get("held_out", []), *pool]} if one["use"] == "near_duplicates" else one
@@ -191,7 +194,7 @@ def round_recipe(run: Run, online: Online, step: int, folder: Path) -> Recipe:
     synth = replace(
         recipe.synth,
         identify={"use": "measured", "path": str(folder / "seeds.jsonl"), "at_least": 0.0},
-        train=recipe.synth.train | ({"model": start["model"]} if start else {}),
+        train=recipe.synth.train | going_on,
         sample=recipe.synth.sample | {"number": online.number},
         screen=screen,
         filters=[one for one in recipe.synth.filters if one["use"] != "policy"],
