@@ -59,6 +59,10 @@ def sevens(rollout) -> float:
     return rollout.text.count("7") / len(rollout.token_ids)
 
 
+def nothing(rollout) -> None:
+    """Judges none."""
+
+
 def foreseeable(rollout) -> float:
     """1 where the problem begins with a plus, whatever the answer."""
     return float(rollout.task.prompt[1] == "+")

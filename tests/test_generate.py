@@ -255,8 +255,11 @@ def run_vllm(world, tie):
 
 
 def use_vllm(generator, engine):
+    dice = torch.get_rng_state()
     with generator.awake(engine, 0):
-        result = sample_vllm(generator)
+        generator.generate(REQUESTS, SAMPLING)
+        own_dice = torch.equal(dice, torch.get_rng_state())
+        result = {"own_dice": own_dice} | sample_vllm(generator)
     result |= {"furthest": [], "canary": [], "bytes": [], "versions": []}
     for version in range(3):
         with generator.awake(engine, version):
@@ -341,6 +344,12 @@ def test_vllm_gives_n_rollouts_a_request_in_order(vllm):
 @pytest.mark.slow
 def test_vllm_seeds_reproduce(vllm):
     assert vllm["call_seed_repeats"] and vllm["request_seed_is_its_own"] and vllm["samples_differ"]
+
+
+@pytest.mark.slow
+def test_vllm_draws_nothing_of_what_the_trainer_draws(vllm):
+    """Else a run that goes on, and scores its canary once more, would have other dice from there on."""
+    assert vllm["own_dice"]
 
 
 @pytest.mark.slow
