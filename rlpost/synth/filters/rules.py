@@ -69,8 +69,11 @@ def longest_echo(words: Sequence[str]) -> int:
     last: dict[str, int] = {}
     longest = stretch = 0
     for i, word in enumerate(words):
-        stretch = stretch + 1 if i - last.get(word, -REACH - 1) <= REACH else 0
-        longest = max(longest, stretch)
+        if i - last.get(word, -REACH - 1) > REACH:
+            stretch = 0
+        else:
+            stretch += 1
+            longest = max(longest, stretch)
         last[word] = i
     return longest
 
