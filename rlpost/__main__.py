@@ -11,14 +11,18 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlpost.errors import Preempted, RecipeError, RunError, without_secrets
+from rlpost.evaluation.audit_command import add_audit
+from rlpost.evaluation.options import add_eval, asked_of, out_of
 from rlpost.preempt import PREEMPTED, preemption
 from rlpost.report.command import add_commands
 from rlpost.reward_commands import add_reward_commands
 from rlpost.scaling.options import add_scaling
 from rlpost.simulate.options import add_simulations
+from rlpost.synth.options import add_synth
+from rlpost.task_options import add_tasks
 
 if TYPE_CHECKING:
     from rlpost.recipe import Recipe
@@ -73,7 +77,6 @@ def parser() -> argparse.ArgumentParser:
     for name, run, what in (
         ("train", train, "reinforcement learning, after the supervised part where the recipe has one"),
         ("sft", sft, "only the supervised part of a recipe; prints the folder of the model"),
-        ("eval", evaluate, "held-out pass@k of the recipe's model (for another: model.path=FOLDER)"),
         ("check", check, "find every problem in a recipe without loading a model, and print it resolved"),
     ):
         command = commands.add_parser(name, help=what, description=what)
@@ -82,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if name == "check":
             add_plan(command)
+    add_eval(commands, evaluate)
     add_difficulty(commands.add_parser("difficulty", help=DIFFICULTY, description=DIFFICULTY))
     what = "write a run's newest checkpoint as an ordinary Hugging Face folder"
     command = commands.add_parser("export", help=what, description=what)
@@ -91,6 +95,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint", type=Path, help="another than the newest, such as RUN/checkpoints/step-000010")
     command.set_defaults(run=export)
     add_hints(commands)
+    add_audit(commands)
+    add_tasks(commands)
+    add_synth(commands)
     add_tables(commands)
     add_simulations(commands)
     add_scaling(commands)
@@ -173,16 +180,23 @@ def sft(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """`rlpost eval`."""
-    recipe = checked(options)
-    from rlpost.run import evaluate_model
+    from rlpost.evaluation.sets import is_recipe, recipes_of
+
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    how: dict[str, Any] = {"asked": asked_of(options), "limit": options.limit, "world_size": ranks}
+    asked = recipes_of(options.target, options.tasks, options.overrides, **how)
+    from rlpost.evaluation.model import evaluate_sets
     from rlpost.world import World
 
     def run(world: World) -> None:
-        figures = evaluate_model(recipe, world)
+        out = out_of(options, recipe=is_recipe(options.target))
+        found = evaluate_sets(asked, world, out=out, against=options.against)
         if world.is_main:
-            print(json.dumps(figures, indent=2))
+            figures = {name: one["figures"] for name, one in found.items()}
+            print(json.dumps(figures if options.tasks else figures[asked[0][0]], indent=2))
 
-    with_world(run, World())
+    with preemption.listening():
+        with_world(run, World())
 
 
 def check(options: argparse.Namespace) -> None:
@@ -367,6 +381,15 @@ def quiet() -> None:
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     for library in ("torch", "deepspeed", "vllm", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{library}(\..*)?")
+    warnings.formatwarning = as_sentence
+
+
+def as_sentence(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of rlpost as a person should read it; those of libraries say where they come from."""
+    ours = Path(filename).is_relative_to(Path(__file__).parent)
+    return f"warning: {message}\n" if ours else f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 if __name__ == "__main__":

@@ -16,12 +16,14 @@ from rlpost.check_algorithm import RESET_TRIGGERS, algorithm_problems
 from rlpost.check_explore import explore_problems
 from rlpost.check_parallel import parallel_problems
 from rlpost.check_secrets import secret_problems
+from rlpost.check_synth import synth_problems
+from rlpost.check_tasks import evaluation_problems, task_problems
 from rlpost.errors import RecipeError
 from rlpost.metrics import metric_info
-from rlpost.plugins import bind, did_you_mean
+from rlpost.plugins import bind
 from rlpost.recipe import Recipe, Sft, read
 from rlpost.reward_recipe import reward_problems
-from rlpost.sources import kind_of, source_problems
+from rlpost.sources import source_problems
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM's attention for CPUs was written for (0.32, `cpu_attn.py`)."""
@@ -39,7 +41,7 @@ _BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
         "algorithm.mismatch.offpolicy_limit algorithm.critic.lr algorithm.critic.value_clip algorithm.minibatches "
         "algorithm.epochs generator.kv_cache_gib generator.max_num_seqs generator.canary_tolerance engine.lr "
         "engine.eps engine.sequence_parallel engine.sync_bucket_mib batch.micro_tokens batch.row_tokens sft.steps "
-        "sft.batch_size sft.lr sft.max_seconds sft.target_loss evaluation.n evaluation.temperature "
+        "sft.batch_size sft.lr sft.max_seconds sft.target_loss evaluation.n evaluation.until "
         "evaluation.max_new_tokens "
         "preempt.after_s preempt.budget_s failure.reward_s failure.reward_memory_gib "
         "failure.reward_workers failure.gradients watchdog.report_s watchdog.stop_s",
@@ -51,7 +53,7 @@ _BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
         "algorithm.kl.reset.patience algorithm.kl.reset.min_gap algorithm.entropy.coef algorithm.entropy.target "
         "algorithm.entropy.delta algorithm.entropy.low algorithm.entropy.high algorithm.imitation_coef "
         "algorithm.critic.pretrain_steps engine.weight_decay engine.warmup_steps engine.grad_clip sft.warmup_steps "
-        "sft.weight_decay evaluation.every logging.samples_per_step failure.empty_steps",
+        "sft.weight_decay evaluation.every evaluation.temperature logging.samples_per_step failure.empty_steps",
     ),
     ("in (0, 1)", lambda x: 0 < x < 1, "generator.memory_frac"),
     (
@@ -73,7 +75,11 @@ _FILLED_FROM = {
 
 def load_and_check(path: str | Path, overrides: Sequence[str] = (), world_size: int = 1) -> Recipe:
     """Load a recipe and check it; one error holds what is wrong with its lines and with what they make together."""
-    recipe, problems = read(path, overrides)
+    return checked(*read(path, overrides), world_size)
+
+
+def checked(recipe: Recipe, problems: list[str], world_size: int = 1) -> Recipe:
+    """The recipe, where neither its lines nor what they make together has a problem."""
     unread = tuple(problem.split()[0].rstrip(":") for problem in problems)
     for problem in check(recipe, world_size):
         keys = re.findall(r"[\w.]+", problem)
@@ -97,10 +103,12 @@ def check(recipe: Recipe, world_size: int = 1) -> list[str]:
         *_bounds(recipe),
         *_model(recipe),
         *_lora(recipe),
-        *_tasks(recipe),
+        *task_problems(recipe),
+        *evaluation_problems(recipe),
         *_plugins(recipe),
         *algorithm_problems(recipe),
         *explore_problems(recipe),
+        *synth_problems(recipe),
         *_sampling(recipe),
         *_batches(recipe, world_size),
         *_lengths(recipe),
@@ -213,19 +221,6 @@ def _model_path(name: str) -> list[str]:
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
         return [f"model.path: the folder {name!r} does not exist; relative paths start at the current folder"]
     return []
-
-
-def _tasks(recipe: Recipe) -> list[str]:
-    tasks = recipe.tasks
-    problems = source_problems(tasks.train, "tasks.train")
-    if tasks.eval is None:
-        return problems
-    problems += source_problems(tasks.eval, "tasks.eval")
-    by, extra = recipe.evaluation.by, tasks.eval.extra
-    if by is not None and by not in extra and kind_of(tasks.eval.path) in ("file", "hf"):
-        hint = did_you_mean(by, extra)
-        problems.append(f"evaluation.by must be one of tasks.eval.extra (got `{by}`, and extra has {extra}){hint}")
-    return problems
 
 
 def _plugins(recipe: Recipe) -> list[str]:

@@ -6,14 +6,17 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from rlpost.algorithm_recipe import Interruption
 from rlpost.generate.base import Generator, Whole
 from rlpost.render import Renderer
 from rlpost.types import Group, Request, Rollout, Sampling, Task
 
+T = TypeVar("T")
 
-def shard(items: Sequence[Task], rank: int, size: int) -> list[tuple[int, Task]]:
+
+def shard(items: Sequence[T], rank: int, size: int) -> list[tuple[int, T]]:
     """This rank's share, each with its place in the whole.
 
     >>> shard(["a", "b", "c", "d"], rank=1, size=2)

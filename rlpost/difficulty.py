@@ -25,20 +25,20 @@ from rlpost.errors import RunError, SharedError
 from rlpost.generate.base import Generator
 from rlpost.model_source import model_folder
 from rlpost.packing import Packer, make_packer
+from rlpost.passuntil import estimate, until_passes
 from rlpost.recipe import Recipe
 from rlpost.render import Renderer
 from rlpost.reward_recipe import bind_rewards
 from rlpost.run import make_engines, make_generator, make_renderer, training_sampling
 from rlpost.score import Rewards, score
 from rlpost.sft import base_model
+from rlpost.task_filters import of_length
 from rlpost.tasks import load_task_sets
-from rlpost.types import Micro, Sampling, Task
+from rlpost.types import Group, Micro, Sampling, Task
 from rlpost.world import World
 
 CHUNK = 256
 """Tasks between two writes."""
-PASSES = 3
-"""How many passes PassUntil waits for."""
 SEED_OFFSET = 1 << 21
 """Keeps the seeds of difficulty apart from those of training and evaluation."""
 
@@ -50,7 +50,7 @@ class Ask:
     n: int = 16
     """Answers a task; 0 with a probe: none."""
     until: int | None = None
-    """PassUntil: a task with fewer than `PASSES` passes is tried on, up to so many times."""
+    """PassUntil: a task with fewer than three passes is tried on, up to so many times."""
     probe: str | None = None
     """A token: how probable it is as the first one of the answer."""
 
@@ -106,37 +106,28 @@ class Prober:
         return [row for _, one_rank in every_rank for row in one_rank]
 
     def _pass_rates(self, mine: Sequence[tuple[int, Task]]) -> list[dict[str, Any]]:
-        """Sample `n` answers a task, and on where passes are rare; each round doubles what was drawn."""
-        passed: dict[int, list[bool | None]] = {place: [] for place, _ in mine}
-        lengths: dict[int, list[int]] = {place: [] for place, _ in mine}
-        truncated = dict.fromkeys(passed, 0)
-        pending, drawn, turn = list(mine), 0, 0
-        while pending:
-            size = self.ask.n if not turn else min(drawn, (self.ask.until or 0) - drawn)
-            groups = collect(
-                self.generator,
-                self.renderer,
-                pending,
-                self.sampling,
-                group_size=size,
-                first_group=0,
-                seed=self.recipe.seed + SEED_OFFSET + turn,
-                interruption=self.recipe.algorithm.interruption,
-            )
-            score(groups, self.rewards)
-            for group in groups:
-                passed[group.id] += [rollout.passed for rollout in group.rollouts]
-                lengths[group.id] += [len(rollout.token_ids) for rollout in group.rollouts]
-                truncated[group.id] += sum(rollout.truncated for rollout in group.rollouts)
-            drawn, turn = drawn + size, turn + 1
-            rare = drawn < (self.ask.until or 0)
-            pending = [pair for pair in pending if rare and passed[pair[0]].count(True) < PASSES]
+        """Sample `n` answers a task, and on where passes are rare."""
+        found = until_passes(self._answers, mine, n=self.ask.n, until=self.ask.until)
         return [
-            estimate(passed[place], self.ask.n)
-            | {"length_mean": sum(lengths[place]) / len(lengths[place])}
-            | {"truncated_frac": truncated[place] / len(lengths[place])}
-            for place, _ in mine
+            estimate([rollout.passed for rollout in rollouts], self.ask.n)
+            | {"length_mean": sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts)}
+            | {"truncated_frac": sum(rollout.truncated for rollout in rollouts) / len(rollouts)}
+            for rollouts in found
         ]
+
+    def _answers(self, places: Sequence[tuple[int, Task]], size: int, turn: int) -> list[Group]:
+        groups = collect(
+            self.generator,
+            self.renderer,
+            places,
+            self.sampling,
+            group_size=size,
+            first_group=0,
+            seed=self.recipe.seed + SEED_OFFSET + turn,
+            interruption=self.recipe.algorithm.interruption,
+        )
+        score(groups, self.rewards)
+        return groups
 
     def _probabilities(self, mine: Sequence[tuple[int, Task]]) -> list[dict[str, Any]]:
         """Probability of the probe as the first token, by the trainer, at temperature 1."""
@@ -186,6 +177,7 @@ def _measure_model(recipe: Recipe, world: World, ask: Ask, out: Path, name: str 
     tasks, _ = load_task_sets(recipe)
     folder = base_model(recipe, world) if recipe.sft else model_folder(recipe, world)
     renderer = make_renderer(recipe, folder)
+    tasks = of_length(tasks, recipe.tasks.sources, renderer)
     sampling = training_sampling(recipe, tasks, renderer)
     if ask.probe is not None:
         probe_token(renderer, ask.probe)
@@ -205,50 +197,6 @@ def _measure_model(recipe: Recipe, world: World, ask: Ask, out: Path, name: str 
                 append(out, [head | row for row in rows])
                 done |= {row["key"] for row in rows}
                 print(f"difficulty: {len(done)} of {len(tasks)} tasks", file=sys.stderr, flush=True)
-
-
-def estimate(passed: Sequence[bool | None], n: int) -> dict[str, Any]:
-    """Pass rate, Wilson's 95 % interval and difficulty of a task that was tried n times, and on until `PASSES` passes.
-
-    Of the first n answers k pass: k / n where k >= r or nothing more was drawn, r = PASSES. Else K is the draw of the
-    r-th pass, and p = (r - 1) / (K - 1), where r / K, PassUntil's estimate (arXiv:2310.03262), is too high; and k / N
-    where all N draws had k < r. Together this is unbiased for every p. Answers that could not be judged count nowhere.
-
-    >>> estimate([False, True, False, False], n=4)["pass_rate"]
-    0.25
-    >>> estimate([False] * 4 + [True, False, True, True, False], n=4)["pass_rate"]   # (3 - 1) / (8 - 1)
-    0.2857142857142857
-    """
-    first = [flag for flag in passed[:n] if flag is not None]
-    flags = [flag for flag in passed if flag is not None]
-    whole = [i + 1 for i, flag in enumerate(flags) if flag]
-    if len(passed) <= n or sum(first) >= PASSES:
-        passes, tries = sum(first), len(first)
-        rate = passes / tries if tries else None
-    elif len(whole) >= PASSES:
-        passes, tries = PASSES, whole[PASSES - 1]
-        rate = (passes - 1) / (tries - 1)
-    else:
-        passes, tries = len(whole), len(flags)
-        rate = passes / tries if tries else None
-    low, high = wilson(passes, tries)
-    said = {"passes": passes, "tries": tries, "unjudged": len(passed) - len(flags), "pass_rate": rate}
-    return said | {"low": low, "high": high, "difficulty": None if rate is None else 1 - rate}
-
-
-def wilson(passes: int, tries: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's interval of a share, 95 %; it has a width also at 0 and 1.
-
-    (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
-
-    >>> [round(x, 4) for x in wilson(0, 10)], [round(x, 4) for x in wilson(5, 10)]
-    ([0.0, 0.2775], [0.2366, 0.7634])
-    """
-    if not tries:
-        return 0.0, 1.0
-    p, part = passes / tries, z * z / tries
-    half = z * math.sqrt(p * (1 - p) / tries + part / 4 / tries)
-    return max(0.0, (p + part / 2 - half) / (1 + part)), min(1.0, (p + part / 2 + half) / (1 + part))
 
 
 def probe_token(renderer: Renderer, text: str) -> int:

@@ -1,11 +1,13 @@
-"""Held-out pass@k.
+"""Held-out pass@k and maj@k, while training and alone.
 
-An answer is correct where the recipe's first reward gives it at least 1.
+An answer is correct where the recipe's first reward gives it at least 1; one that it could not judge counts nowhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +16,17 @@ from rlpost.collect import collect, shard
 from rlpost.engine import Engine
 from rlpost.errors import RunError
 from rlpost.generate.base import Generator
+from rlpost.passuntil import estimate, until_passes
 from rlpost.recipe import Evaluation
 from rlpost.render import Renderer
-from rlpost.score import BoundReward, score
-from rlpost.types import Group, Sampling, Task
+from rlpost.score import Rewards, score
+from rlpost.types import Group, Rollout, Sampling, Task
+from rlpost.votes import VOTES, majority_at_k
 from rlpost.world import World
 
 EVAL_SEED_OFFSET = 1 << 20
 """Keeps the seeds of evaluation apart from those of training."""
+Vote = Callable[[Rollout], Hashable]
 
 
 @dataclass(frozen=True)
@@ -31,71 +36,128 @@ class Evaluator:
     tasks: Sequence[Task]
     recipe: Evaluation
     renderer: Renderer
-    rewards: Sequence[BoundReward]
+    rewards: Rewards
     sampling: Sampling
     seed: int
     world: World
     interruption: Interruption = field(default_factory=Interruption)
+    vote: Vote | None = None
+    """The answer of a rollout, for maj@k; None: it is left out."""
 
     def __call__(self, generator: Generator, engine: Engine) -> dict[str, float]:
         """Sample `n` answers a problem from the engine's policy, and say how many are right."""
-        return tabulate(self.rows(generator, engine), self.recipe.n)
+        return tabulate(self.rows(generator, engine), self.recipe.n, self.recipe.k)
 
     def rows(self, generator: Generator, engine: Engine) -> list[dict[str, Any]]:
         """How it went with each problem, of all ranks, in their order.
 
         The same problems get the same seeds at every call, so that two evaluations differ by the policy alone.
         """
-        mine = shard(self.tasks, self.world.rank, self.world.size)
         with generator.awake(engine, engine.updates):
-            groups = self.world.together(
-                lambda: collect(
-                    generator,
-                    self.renderer,
-                    mine,
-                    self.sampling,
-                    group_size=self.recipe.n,
-                    first_group=0,
-                    seed=self.seed + EVAL_SEED_OFFSET,
-                    interruption=self.interruption,
-                )
+            return [row for row, _ in self.answered(generator, list(enumerate(self.tasks)))]
+
+    def answered(
+        self, generator: Generator, places: Sequence[tuple[int, Task]], *, keep: bool = False
+    ) -> list[tuple[dict[str, Any], list[Rollout]]]:
+        """How it went with some problems of all ranks, by a generator that is awake; `keep`: with the answers."""
+        mine = [pair for _, pair in shard(places, self.world.rank, self.world.size)]
+
+        def answer(pending: Sequence[tuple[int, Task]], size: int, turn: int) -> list[Group]:
+            groups = collect(
+                generator,
+                self.renderer,
+                pending,
+                self.sampling,
+                group_size=size,
+                first_group=0,
+                seed=self.seed + EVAL_SEED_OFFSET + turn,
+                interruption=self.interruption,
             )
-        self.world.together(lambda: score(groups, self.rewards))
-        return [row for rows in self.world.all_gather_object([self._row(group) for group in groups]) for row in rows]
+            score(groups, self.rewards)
+            return groups
 
-    def _row(self, group: Group) -> dict[str, Any]:
-        level = group.task.extra.get(self.recipe.by) if self.recipe.by else None
-        return {
-            "correct": sum(bool(rollout.passed) for rollout in group.rollouts),
+        found = self.world.together(lambda: until_passes(answer, mine, n=self.recipe.n, until=self.recipe.until))
+        rows = [
+            (self.row(task, answers), answers if keep else []) for (_, task), answers in zip(mine, found, strict=True)
+        ]
+        return [row for rank in self.world.all_gather_object(rows) for row in rank]
+
+    def row(self, task: Task, answers: Sequence[Rollout]) -> dict[str, Any]:
+        """What is known of one problem: counts of the first n answers, and the votes."""
+        level = task.extra.get(self.recipe.by) if self.recipe.by else None
+        first = answers[: self.recipe.n]
+        passed = [rollout.passed for rollout in first]
+        row: dict[str, Any] = {
+            "correct": passed.count(True),
+            "unjudged": passed.count(None),
             "level": None if level is None else f"{self.recipe.by}={level}",
-            "tokens": sum(len(rollout.token_ids) for rollout in group.rollouts),
-            "truncated": sum(rollout.truncated for rollout in group.rollouts),
+            "tokens": sum(len(rollout.token_ids) for rollout in first),
+            "truncated": sum(rollout.truncated for rollout in first),
         }
+        if self.recipe.until is not None:
+            said = estimate([rollout.passed for rollout in answers], self.recipe.n)
+            row |= {"pass_rate": said["pass_rate"], "drawn": len(answers)}
+        return row if self.vote is None else row | {"votes": self._votes(self.vote, first)}
+
+    def _votes(self, vote: Vote, answers: Sequence[Rollout]) -> list[list[int]]:
+        """[count, right] of each answer that was given; those that gave none, or could not be judged, do not vote."""
+        counts: Counter[tuple[Hashable, bool]] = Counter()
+        for rollout in answers:
+            said = None if rollout.passed is None else vote(rollout)
+            if said is not None:
+                counts[said, bool(rollout.passed)] += 1
+        return [[count, int(right)] for (_, right), count in counts.items()]
 
 
-def tabulate(rows: Sequence[dict[str, Any]], n: int) -> dict[str, float]:
-    """pass@k over all problems for every power of two up to n, and pass@1 by level."""
+def tabulate(rows: Sequence[dict[str, Any]], n: int, ks: Sequence[int] = ()) -> dict[str, float]:
+    """pass@k and maj@k over all problems for every power of two up to n and every k of `ks`, and pass@1 by level."""
     if not rows:
         raise RunError("tasks.eval must hold at least one problem (it is empty): add some, or raise tasks.eval.limit")
-    powers = [1 << i for i in range(n.bit_length())]
-    result: dict[str, float] = {
-        f"pass@{k}": sum(pass_at_k(n, row["correct"], k) for row in rows) / len(rows) for k in powers
-    }
-    result["loss"] = 1 - result["pass@1"]
-    if result[f"pass@{powers[-1]}"] and len(powers) > 1:
-        result["concentration"] = result["pass@1"] / result[f"pass@{powers[-1]}"]
-    result["length_mean"] = sum(row["tokens"] for row in rows) / (n * len(rows))
-    result["truncated_frac"] = sum(row["truncated"] for row in rows) / (n * len(rows))
+    values = per_problem(rows, n, ks)
+    result = {name: mean for name, each in values.items() if (mean := mean_of(each)) is not None}
+    best = max(int(name.removeprefix("pass@")) for name in values if name.startswith("pass@") and "/" not in name)
+    if "pass@1" in result:
+        result["loss"] = 1 - result["pass@1"]
+        if best > 1 and result.get(f"pass@{best}"):
+            result["concentration"] = result["pass@1"] / result[f"pass@{best}"]
     result["num_problems"] = len(rows)
     result["n"] = n
-    levels = sorted({row["level"] for row in rows if row["level"] is not None}, key=lambda level: (len(level), level))
-    for level in levels:
-        values = [row["correct"] / n for row in rows if row["level"] == level]
-        result[f"pass@1/{level}"] = sum(values) / len(values)
+    result["unjudged"] = sum(row["unjudged"] for row in rows)
+    if "drawn" in rows[0]:
+        result["drawn"] = sum(row["drawn"] for row in rows)
     return result
 
 
-def against_first(rows: Sequence[dict[str, Any]], first: Sequence[int]) -> dict[str, float]:
+def per_problem(rows: Sequence[dict[str, Any]], n: int, ks: Sequence[int] = ()) -> dict[str, list[float | None]]:
+    """Every figure that is a mean over problems: its value at each of them, None where it has none."""
+    wanted = sorted({1 << i for i in range(n.bit_length())} | {k for k in ks if k <= n})
+    found: dict[str, list[float | None]] = {
+        f"pass@{k}": [
+            pass_at_k(n - row["unjudged"], row["correct"], k) if n - row["unjudged"] >= k else None for row in rows
+        ]
+        for k in wanted
+    }
+    if all("votes" in row for row in rows):
+        for k in (k for k in wanted if k > 1 and (k <= VOTES or k == n)):
+            found[f"maj@{k}"] = [majority_at_k(row["votes"], n, k) for row in rows]
+    if all("pass_rate" in row for row in rows):
+        found["passuntil"] = [row["pass_rate"] for row in rows]
+    found["length_mean"] = [row["tokens"] / n for row in rows]
+    found["truncated_frac"] = [row["truncated"] / n for row in rows]
+    levels = sorted({row["level"] for row in rows if row["level"] is not None}, key=lambda level: (len(level), level))
+    for level in levels:
+        inside = zip(rows, found["pass@1"], strict=True)
+        found[f"pass@1/{level}"] = [value if row["level"] == level else None for row, value in inside]
+    return found
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that are there; None of nothing."""
+    there = [value for value in values if value is not None]
+    return math.fsum(there) / len(there) if there else None
+
+
+def against_first(rows: Sequence[Mapping[str, Any]], first: Sequence[int]) -> dict[str, float]:
     """Problems solved at least once now and never at the first evaluation, and the reverse, as shares of all.
 
     >>> against_first([{"correct": 2}, {"correct": 0}, {"correct": 1}, {"correct": 0}], [0, 3, 1, 0])

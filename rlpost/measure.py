@@ -8,7 +8,7 @@ from typing import Any
 
 from rlpost.collect import collect, shard
 from rlpost.curriculum import check_choice
-from rlpost.types import Group, Outcome
+from rlpost.types import Group, Outcome, Task
 
 
 def measured_groups(run: Any) -> list[Group] | None:
@@ -22,6 +22,11 @@ def measured_groups(run: Any) -> list[Group] | None:
     check_choice(tasks, None, run.curriculum, run.task_keys, run.world, method="wants_measured")
     if not tasks:
         return None
+    return answered(run, tasks, getattr(run.curriculum, "measure_tries", None) or run.recipe.sampling.group_size)
+
+
+def answered(run: Any, tasks: Sequence[Task], tries: int) -> list[Group]:
+    """This rank's share of `tries` answers to each task by the current policy, not yet scored."""
     recipe, first_group = run.recipe, run.next_group
     run.next_group += len(tasks)
     with run.clock("measure"):
@@ -31,7 +36,7 @@ def measured_groups(run: Any) -> list[Group] | None:
                 run.renderer,
                 shard(tasks, run.world.rank, run.world.size),
                 run.sampling,
-                group_size=getattr(run.curriculum, "measure_tries", None) or recipe.sampling.group_size,
+                group_size=tries,
                 first_group=first_group,
                 seed=recipe.seed,
                 interruption=recipe.algorithm.interruption,

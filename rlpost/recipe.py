@@ -23,62 +23,15 @@ from rlpost.cluster_recipe import Failure, Preempt, Watchdog
 from rlpost.errors import RecipeError
 from rlpost.model_recipe import InitModel, Lora, Model
 from rlpost.plugins import did_you_mean, make_importable
+from rlpost.synth_recipe import Synth
+from rlpost.task_recipe import Evaluation, Prompting, Tasks, TaskSource
 from rlpost.yaml_tree import expand, override, parse
 
-__all__ = ["InitModel", "Lora", "Model", "Recipe", "load", "read", "to_yaml"]
+__all__ = ["InitModel", "Lora", "Model", "Prompting", "Recipe", "TaskSource", "load", "read", "read_tree", "to_yaml"]
 CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 CRITIC_LR_RATIO = 2.0
 """As in VAPO, arXiv:2504.05118: 1e-6 and 2e-6."""
 _WORDS: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
-
-
-@dataclass
-class TaskSource:
-    """One data set and how its columns become tasks."""
-
-    path: str = "???"
-    """`file.jsonl`, `file.parquet`, `hf:owner/name[:config]:split`, `reasoning_gym:name`, or `pkg.module:function`."""
-    prompt: str = "prompt"
-    """A column (text, or a list of chat messages), or a template over columns such as `"{Body} {Question}"`."""
-    answer: str | None = "answer"
-    """A column, or a template; None where the rewards need no answer."""
-    answer_regex: str | None = None
-    """Applied to the answer: its first group is kept, such as `"#### (.+)"` for GSM8K."""
-    solution: str | None = None
-    hints: list[str] = field(default_factory=list)
-    """Columns with hints, weak to strong."""
-    extra: list[str] = field(default_factory=list)
-    """Other columns that rewards or tables by level want; they arrive in `task.extra`."""
-    key: str | None = None
-    """A column with a unique id; None: a hash of the prompt."""
-    limit: int | None = None
-    """Use only the first so many."""
-    duplicates: Literal["refuse", "drop"] = "refuse"
-    """Repeated keys or prompts: an error that names them, or all but the first left out. `drop` on `tasks.train` also
-    leaves out what `tasks.eval` holds. `reasoning_gym` draws with replacement, so there it is always `drop`."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """Arguments of a `reasoning_gym` task or of a function source."""
-
-
-@dataclass
-class Prompting:
-    """How a task's prompt becomes token ids."""
-
-    chat: bool | None = None
-    """Use the tokenizer's chat template; None: where it has one."""
-    system: str | None = None
-    prefix: str = ""
-    suffix: str = ""
-    """Text around the prompt, such as an instruction on the answer's format."""
-
-
-@dataclass
-class Tasks:
-    """What is trained on and what is held out."""
-
-    train: TaskSource = field(default_factory=TaskSource)
-    eval: TaskSource | None = None
-    prompting: Prompting = field(default_factory=Prompting)
 
 
 @dataclass
@@ -195,22 +148,6 @@ class Sft:
 
 
 @dataclass
-class Evaluation:
-    """Held-out pass@k."""
-
-    n: int = 8
-    """Samples a problem; pass@k is reported for every power of two up to n."""
-    every: int = 0
-    """Steps between evaluations while training; 0: only before and after."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int | None = None
-    """None: as in training."""
-    by: str | None = None
-    """A field of `task.extra` to break the result down by, such as the level of difficulty."""
-
-
-@dataclass
 class Logging:
     """Where figures go, beside `metrics.jsonl`."""
 
@@ -255,6 +192,8 @@ class Recipe:
     batch: BatchRecipe = field(default_factory=BatchRecipe)
     sft: Sft | None = None
     """Present: a base model is trained first, once, and kept in `run_dir`."""
+    synth: Synth | None = None
+    """Present: difficult problems can be made, with `rlpost synth`."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging = field(default_factory=Logging)
     save_every: int = 50
@@ -288,14 +227,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
     """The recipe as far as it makes sense, and every line of it that does not."""
     path = Path(path)
-    make_importable(Path.cwd())
     make_importable(path.parent)
-    tree = expand(parse(path))
+    return read_tree(parse(path), overrides, name=path.stem)
+
+
+def read_tree(tree: dict[str, Any], overrides: Sequence[str] = (), *, name: str) -> tuple[Recipe, list[str]]:
+    """The same of keys and values; `name` is the run's where they do not say it."""
+    make_importable(Path.cwd())
+    tree = expand(tree)
     problems: list[str] = []
     for text in sorted(overrides, key=lambda text: not text.startswith("algorithm.name=")):
         problems += override(tree, text)
         _name_explorers(tree)  # so that a later override finds the explorer that it changes
     _name_algorithm(tree)
+    _list_sources(tree)
     config: DictConfig = OmegaConf.structured(Recipe)
     _merge(config, Recipe, tree, "", problems)
     for key in sorted(OmegaConf.missing_keys(config)):
@@ -303,7 +248,15 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[
         OmegaConf.update(config, key, "")
     recipe = OmegaConf.to_object(config)
     assert isinstance(recipe, Recipe)
-    return _fill(recipe, path.stem), problems
+    return _fill(recipe, name), problems
+
+
+def _list_sources(tree: dict[str, Any]) -> None:
+    """A list of training sources: the first stays, the others stand beside it."""
+    tasks = tree.get("tasks")
+    if isinstance(tasks, dict) and isinstance(tasks.get("train"), list) and tasks["train"]:
+        first, *others = ({"path": one} if isinstance(one, str) else one for one in tasks["train"])
+        tasks |= {"train": first, "more": [*others, *(tasks.get("more") or [])]}
 
 
 def _name_explorers(tree: dict[str, Any]) -> None:
@@ -342,6 +295,10 @@ def _merge(config: DictConfig, schema: type, values: Mapping[Any, Any], prefix: 
             known = did_you_mean(key, hints) or f" (the keys here are {', '.join(hints)})"
             problems.append(f"{where}: no such key{known}")
             continue
+        element = next((kind for kind in get_args(hints[key]) if is_dataclass(kind)), None)
+        if element is not None and get_origin(hints[key]) is list and isinstance(value, list):
+            config[key] = [_merged(element, item, f"{where}.{i}", problems) for i, item in enumerate(value)]
+            continue
         section = next((kind for kind in (hints[key], *get_args(hints[key])) if is_dataclass(kind)), None)
         if section is not None and isinstance(value, dict):
             if config[key] is None:
@@ -352,6 +309,16 @@ def _merge(config: DictConfig, schema: type, values: Mapping[Any, Any], prefix: 
             OmegaConf.update(config, key, value, merge=False)
         except OmegaConfBaseException:
             problems.append(f"{where} must be {_description(hints[key])} (got {value!r})")
+
+
+def _merged(schema: Any, values: Any, where: str, problems: list[str]) -> DictConfig:
+    """One section of a list of sections."""
+    config: DictConfig = OmegaConf.structured(schema)
+    if isinstance(values, Mapping):
+        _merge(config, schema, values, f"{where}.", problems)
+    else:
+        problems.append(f"{where} must be a mapping of keys to values (got {values!r})")
+    return config
 
 
 def _description(hint: Any) -> str:

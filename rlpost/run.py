@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from rlpost.health import Health
 from rlpost.history import lines_of
 from rlpost.law import EntropyLaw
 from rlpost.metrics import Metrics
+from rlpost.mixture import mixed
 from rlpost.model_costs import model_costs
 from rlpost.model_source import context_length, model_folder
 from rlpost.noise_scale import NoiseScale
@@ -45,9 +46,11 @@ from rlpost.samples import Samples
 from rlpost.score import Rewards
 from rlpost.sft import base_model
 from rlpost.shards import Write
+from rlpost.task_filters import of_length
 from rlpost.tasks import load_task_sets
 from rlpost.trackers import Trackers
 from rlpost.types import Sampling, Task
+from rlpost.votes import voter
 from rlpost.widths import lr_scale, updates_a_step
 from rlpost.world import World
 
@@ -153,8 +156,8 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
     """The parts, new; text is checked before anything is trained, and the generator takes its memory last."""
     train_tasks, eval_tasks = load_task_sets(recipe)
     rewards = bind_rewards(recipe.rewards, recipe.failure, of_groups=recipe.group_rewards)
-    curriculum = make_curriculum(recipe, train_tasks)
     renderer = make_renderer(recipe, start := model_folder(recipe, world))
+    curriculum = make_curriculum(recipe, train_tasks := of_length(train_tasks, recipe.tasks.sources, renderer))
     sampling = training_sampling(recipe, train_tasks, renderer)
     evaluator = make_evaluator(recipe, eval_tasks, renderer, rewards, world)
     folder = open_run(recipe, world)
@@ -246,7 +249,7 @@ def make_renderer(recipe: Recipe, model: Path) -> Renderer:
 def make_curriculum(recipe: Recipe, tasks: list[Task]) -> Any:
     """The curriculum that the recipe names, over the training tasks."""
     curriculum = bind(recipe.curriculum, "curricula", where="curriculum", skip=1, supplied=("seed",))
-    return curriculum(tasks, seed=recipe.seed)
+    return mixed(recipe.tasks, tasks, lambda some: curriculum(some, seed=recipe.seed))
 
 
 def make_chosen(recipe: Recipe, folder: Path, tasks: list[Task], world: World) -> Chosen:
@@ -293,7 +296,9 @@ def make_evaluator(
     max_new_tokens = asked.max_new_tokens or recipe.sampling.max_new_tokens
     check_room(recipe, tasks, renderer, max_new_tokens, "tasks.eval")
     sampling = Sampling(max_new_tokens, asked.temperature, asked.top_p, stop_ids=renderer.stop_ids)
-    return Evaluator(tasks, asked, renderer, rewards, sampling, recipe.seed, world, recipe.algorithm.interruption)
+    vote = voter(asked.vote, recipe.rewards[0]["use"]) if recipe.rewards else None
+    interruption = recipe.algorithm.interruption
+    return Evaluator(tasks, asked, renderer, rewards, sampling, recipe.seed, world, interruption, vote)
 
 
 def make_engines(recipe: Recipe, model: Path, world: World) -> tuple[Engine, Reference | None, Critic | None]:
@@ -351,17 +356,3 @@ def make_generator(recipe: Recipe, model: Path, renderer: Renderer, first_task: 
     with engine.parking.making_room():
         engine.parking.policy_was_sent()  # nothing of it is needed yet
         return LocalVllm(recipe, model, renderer, canary, world)
-
-
-def evaluate_model(recipe: Recipe, world: World) -> dict[str, float]:
-    """Held-out figures of the recipe's start model, without a run."""
-    _, eval_tasks = load_task_sets(recipe)
-    model = base_model(recipe, world) if recipe.sft else model_folder(recipe, world)
-    renderer = make_renderer(recipe, model)
-    with closing(bind_rewards(recipe.rewards, recipe.failure)) as rewards:
-        evaluator = make_evaluator(recipe, eval_tasks, renderer, rewards, world)
-        if evaluator is None:
-            raise RunError("tasks.eval must name the held-out problems (the recipe has none): add tasks.eval.path")
-        engine, *_ = make_engines(recipe, model, world)
-        with closing(make_generator(recipe, model, renderer, eval_tasks[0], engine)) as generator:
-            return evaluator(generator, engine)

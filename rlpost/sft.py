@@ -65,11 +65,11 @@ def base_model(recipe: Recipe, world: World) -> Path:
     return folder
 
 
-def sft(recipe: Recipe, section: Sft, start: Path, folder: Path, world: World) -> None:
-    """Train the model in `start` on the section's solutions and write the result into `folder`."""
+def sft(recipe: Recipe, section: Sft, start: Path, folder: Path, world: World, *, tasks: Sequence[Task] = ()) -> None:
+    """Train the model in `start` on solutions and write the result into `folder`; `tasks`: instead of the section's."""
     tokenizer = load_tokenizer(start, trust_remote_code=recipe.model.trust_remote_code)
     renderer = Renderer(tokenizer, recipe.tasks.prompting, context_length(recipe.model, start))
-    demonstrations = Demonstrations(load_tasks(section.tasks, "sft.tasks"), renderer, recipe.seed)
+    demonstrations = Demonstrations(tasks or load_tasks(section.tasks, "sft.tasks"), renderer, recipe.seed)
     engine = Engine(
         load_policy(start, recipe.model),
         engine_recipe(recipe.engine, section),

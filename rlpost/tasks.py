@@ -12,10 +12,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rlpost.decontaminate import decontaminated
 from rlpost.errors import RunError
 from rlpost.plugins import did_you_mean
 from rlpost.recipe import Recipe, TaskSource
 from rlpost.sources import kind_of, read_rows
+from rlpost.task_filters import kept, label
 from rlpost.types import Task
 
 log = logging.getLogger(__name__)
@@ -46,9 +48,22 @@ def load_tasks(source: TaskSource, where: str) -> list[Task]:
         raise RunError(_report(problems, source, where))
     if not tasks:
         raise RunError(f"{where}.path must hold at least one task ({source.path} has none)")
+    tasks = kept(tasks, source.keep, where)
     if drops_duplicates(source):
         return _without_duplicates(tasks, where)
     return _refuse_duplicates(tasks, where)
+
+
+def load_training(recipe: Recipe, *, offline: bool = False) -> list[Task]:
+    """The tasks of every source, one after the other; what two sources share is refused, or left to the first."""
+    sources = recipe.tasks.sources
+    found: list[Task] = []
+    for where, source in sources.items():
+        tasks = [] if _out_of_reach(source, offline) else load_tasks(source, where)
+        if found and tasks:
+            tasks = _without_earlier(tasks, found, drop=drops_duplicates(source), where=where)
+        found += tasks
+    return found
 
 
 def check_overlap(train: Sequence[Task], evaluation: Sequence[Task], *, drop: bool = False) -> list[Task]:
@@ -73,11 +88,22 @@ def check_overlap(train: Sequence[Task], evaluation: Sequence[Task], *, drop: bo
 
 def load_task_sets(recipe: Recipe, *, offline: bool = False) -> tuple[list[Task], list[Task]]:
     """Training and held-out tasks, which must not share a problem; `offline`: those on the hub are left empty."""
-    train, held_out = (
-        [] if source is None or (offline and kind_of(source.path) == "hf") else load_tasks(source, where)
-        for source, where in ((recipe.tasks.train, "tasks.train"), (recipe.tasks.eval, "tasks.eval"))
-    )
-    return check_overlap(train, held_out, drop=drops_duplicates(recipe.tasks.train)), held_out
+    source, asked = recipe.tasks.eval, recipe.tasks.decontaminate
+    train = load_training(recipe, offline=offline)
+    held_out = [] if source is None or _out_of_reach(source, offline) else load_tasks(source, "tasks.eval")
+    train = check_overlap(train, held_out, drop=drops_duplicates(recipe.tasks.train))
+    return decontaminated(train, [*held_out, *load_against(recipe, offline=offline)], asked), held_out
+
+
+def load_against(recipe: Recipe, *, offline: bool = False) -> list[Task]:
+    """The problems of `tasks.decontaminate.against`."""
+    sources = enumerate(recipe.tasks.decontaminate.against)
+    where = "tasks.decontaminate.against"
+    return [task for i, one in sources if not _out_of_reach(one, offline) for task in load_tasks(one, f"{where}.{i}")]
+
+
+def _out_of_reach(source: TaskSource, offline: bool) -> bool:
+    return offline and kind_of(source.path) == "hf"
 
 
 def drops_duplicates(source: TaskSource) -> bool:
@@ -109,7 +135,7 @@ def _row_builder(source: TaskSource, where: str) -> Callable[[Mapping[str, Any]]
             solution=_text(solution(columns), f"{where}.solution") or None if solution else None,
             hints=_hints(columns, source.hints, f"{where}.hints"),
             extra=extra,
-            source=source.path,
+            source=label(source),
         )
 
     return build
@@ -247,6 +273,23 @@ def _without_duplicates(tasks: list[Task], where: str) -> list[Task]:
     if len(kept) < len(tasks):
         log.warning("%s: dropped %d of %d tasks as duplicates", where, len(tasks) - len(kept), len(tasks))
     return kept
+
+
+def _without_earlier(tasks: list[Task], earlier: Sequence[Task], *, drop: bool, where: str) -> list[Task]:
+    """The tasks that no earlier source has, by key or by prompt."""
+    keys, prompts = {task.key for task in earlier}, {_hash(task.prompt) for task in earlier}
+    left = [task for task in tasks if task.key not in keys and _hash(task.prompt) not in prompts]
+    if len(left) < len(tasks) and not drop:
+        shared = [task.key for task in tasks if task.key in keys or _hash(task.prompt) in prompts]
+        raise RunError(
+            f"{where}: no earlier source may have the same problems, and {len(shared)} are there already "
+            f"({_first(shared)}); take them out, or set {where}.duplicates=drop"
+        )
+    if not left:
+        raise RunError(f"{where} must have a task that no earlier source has (all {len(tasks)} are there already)")
+    if len(left) < len(tasks):
+        log.warning("%s: dropped %d of %d tasks that an earlier source has", where, len(tasks) - len(left), len(tasks))
+    return left
 
 
 def _report(problems: Mapping[str, Sequence[str]], source: TaskSource, where: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlpost.errors import RunError
+from rlpost.types import Rollout
 
 ALPHABET = "0123456789+-=;#"
 """Every character of a problem and its solution."""
@@ -112,6 +113,11 @@ def correct_answer(prompt: str) -> str:
     '10'
     """
     return str(sum(_terms(prompt)))
+
+
+def same_chain(rollout: Rollout) -> float:
+    """A reward: 1 where the text is the task's answer, which is a whole chain that somebody says is right."""
+    return float(rollout.text == rollout.task.answer)
 
 
 def _terms(prompt: str) -> list[int]:

@@ -29,6 +29,7 @@ from rlpost.report.command import report_of_finished
 from rlpost.rollouts import gather
 from rlpost.run import Run, build, clock_of
 from rlpost.summary import write_summary
+from rlpost.synth.online import synthesise
 from rlpost.token_figures import write_samples
 from rlpost.trackers import settle
 from rlpost.types import Batch, Group, Micro
@@ -53,10 +54,11 @@ def train(recipe: Recipe, world: World) -> Path:
                 evaluate_between(run, run.start_step, progress)
             for step in range(run.start_step, recipe.steps):
                 with saved_on_failure(run, step):
+                    synthesised = synthesise(run, step)
                     logged = train_step(run, step)
                 progress.update(step, logged)
                 raise_alarms(run, step, logged, progress)
-                for said in (adapt(run, step, logged), look_after(run, step, logged)):
+                for said in (synthesised, adapt(run, step, logged), look_after(run, step, logged)):
                     if said:
                         progress.message(said)
                 if run.evaluator and every(recipe.evaluation.every, step) and step + 1 < recipe.steps:

@@ -68,8 +68,10 @@ def _cut_torn_line(file: Path) -> set[str]:
     return set(read_hints(file))
 
 
-def ask_endpoint(url: str, model: str, *, at_once: int = 16) -> Ask:
-    """Hints from a chat model behind an OpenAI-compatible endpoint; its key, if it wants one, is in OPENAI_API_KEY."""
+def ask_endpoint(
+    url: str, model: str, *, at_once: int = 16, temperature: float = TEMPERATURE, tokens: int = TOKENS
+) -> Ask:
+    """Replies of a chat model behind an OpenAI-compatible endpoint; its key, if it wants one, is in OPENAI_API_KEY."""
     import openai
 
     client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=300.0)
@@ -78,7 +80,7 @@ def ask_endpoint(url: str, model: str, *, at_once: int = 16) -> Ask:
         messages: Any = [{"role": "user", "content": task.prompt}]
         try:
             answer = client.chat.completions.create(
-                model=model, messages=messages, temperature=TEMPERATURE, max_tokens=TOKENS
+                model=model, messages=messages, temperature=temperature, max_tokens=tokens
             )
         except openai.OpenAIError as error:
             raise RunError(

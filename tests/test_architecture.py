@@ -25,11 +25,18 @@ AT_HOME = {
     "pebble": {"rlpost/judges.py"},
     "omegaconf": {"rlpost/recipe.py", "rlpost/yaml_tree.py"},
     "datasets": {"rlpost/sources.py"},
+    "datasketch": {"rlpost/duplicates.py"},
     "pyarrow": {"rlpost/sources.py"},
     "reasoning_gym": {"rewards/reasoning_gym_score.py", "rlpost/sources.py"},
-    "matplotlib": {"rlpost/report/plots.py", "rlpost/scaling/plots.py", "rlpost/simulate/brorl.py"},
+    "matplotlib": {
+        "rlpost/report/plots.py",
+        "rlpost/scaling/plots.py",
+        "rlpost/simulate/brorl.py",
+        "rlpost/synth/collect.py",
+    },
     "rich": {
         "rlpost/catalogue.py",
+        "rlpost/evaluation/table.py",
         "rlpost/progress.py",
         "rlpost/rescore.py",
         "rlpost/samples.py",
@@ -53,6 +60,7 @@ HEAVY = (
     "deepspeed",
     "transformers",
     "datasets",
+    "datasketch",
     "pyarrow",
     "reasoning_gym",
     "numpy",
@@ -75,6 +83,11 @@ MATHEMATICS = (
 LIGHT = [
     "recipe",
     "check",
+    "check_tasks",
+    "evaluation.options",
+    "evaluation.sets",
+    "evaluation.audit_command",
+    "task_report",
     "plugins",
     "tasks",
     "sources",
@@ -97,6 +110,8 @@ LIGHT = [
     "report.payload",
     "report.page",
     "report.rollouts",
+    "synth.command",
+    "synth_recipe",
 ]
 
 

@@ -13,9 +13,10 @@ from curricula._files import difficulty_of
 from curricula.irt import Irt
 from rlpost import difficulty
 from rlpost.check import load_and_check
-from rlpost.difficulty import Ask, append, estimate, measure, measure_each, recorded, wilson
+from rlpost.difficulty import Ask, append, measure, measure_each, recorded
 from rlpost.errors import RunError
 from rlpost.model_source import model_folder
+from rlpost.passuntil import PASSES, estimate, wilson
 from rlpost.tasks import load_task_sets
 
 HEAD = {"model": "m", "asked": "n=4"}
@@ -24,7 +25,7 @@ HEAD = {"model": "m", "asked": "n=4"}
 def plan(draw, n, until):
     """The flags that PassUntil sees of an endless sequence."""
     flags = [draw() for _ in range(n)]
-    while sum(flags) < difficulty.PASSES and len(flags) < until:
+    while sum(flags) < PASSES and len(flags) < until:
         flags += [draw() for _ in range(min(len(flags), until - len(flags)))]
     return flags
 
@@ -34,7 +35,7 @@ def test_passuntil_is_unbiased_whatever_the_pass_rate(p):
     """Over all sequences of 8 draws, n=4 first: exact."""
     mean = 0.0
     for flags in product([True, False], repeat=8):
-        seen = flags[:4] if sum(flags[:4]) >= difficulty.PASSES else flags
+        seen = flags[:4] if sum(flags[:4]) >= PASSES else flags
         weight = np.prod([p if flag else 1 - p for flag in flags])
         mean += weight * estimate(list(seen), n=4)["pass_rate"]
     assert mean == pytest.approx(p, abs=1e-12)

@@ -11,8 +11,8 @@ from rlpost.reward_recipe import bind_rewards
 from rlpost.types import Rollout, Sampling, Task
 
 
-def row(correct, level=None, tokens=40, truncated=0):
-    return {"correct": correct, "level": level, "tokens": tokens, "truncated": truncated}
+def row(correct, level=None, tokens=40, truncated=0, unjudged=0, **more):
+    return {"correct": correct, "unjudged": unjudged, "level": level, "tokens": tokens, "truncated": truncated, **more}
 
 
 def test_t40_pass_at_k_matches_hand_table():
@@ -44,6 +44,7 @@ def test_tabulate_averages_over_problems_and_levels():
             "truncated_frac": 4 / 12,
             "num_problems": 3,
             "n": 4,
+            "unjudged": 0,
             "pass@1/terms=2": 0.75,
             "pass@1/terms=10": 0.0,
         }
@@ -116,3 +117,44 @@ def test_two_ranks_give_the_figures_of_one():
         evaluator(rank, 2, lambda item: rows.append(item) or [item])(Generator(), SimpleNamespace(updates=0))
     together = evaluator(0, 2, lambda item: rows)(Generator(), SimpleNamespace(updates=0))
     assert together == evaluator()(Generator(), SimpleNamespace(updates=0))
+
+
+def test_what_could_not_be_judged_counts_nowhere():
+    rows = [row(1, unjudged=2), row(0, unjudged=4), row(4)]
+    result = tabulate(rows, 4)
+    assert result["pass@1"] == pytest.approx((1 / 2 + 1) / 2)  # the second problem has no figure
+    assert result["pass@2"] == pytest.approx((1 + 1) / 2) and result["pass@4"] == 1.0
+    assert result["unjudged"] == 6
+
+
+def test_votes_and_further_k_are_tabulated():
+    rows = [row(2, votes=[[2, 1], [1, 0]]), row(1, votes=[[1, 1], [3, 0]])]
+    result = tabulate(rows, 4, [3, 9])
+    assert [name for name in result if name.startswith("maj")] == ["maj@2", "maj@3", "maj@4"]
+    assert "pass@3" in result and "pass@9" not in result
+    assert result["maj@4"] == 0.5
+
+
+def test_evaluator_votes_and_tries_on_where_passes_are_rare():
+    from dataclasses import replace
+
+    from rlpost.votes import number_of
+
+    class Rare(Generator):
+        """The n-th call for a task is right on its last answer."""
+
+        def answer(self, request, i):
+            text = request.task.answer if i == request.n - 1 else "999"
+            return Rollout(request.task, request.group, (1,), (1,), (2,) * 3, (-1.0,) * 3, "stop", 0, text=text)
+
+    one = replace(evaluator(), recipe=Evaluation(n=4, until=32), vote=number_of)
+    generator = Rare()
+    rows = one.rows(generator, SimpleNamespace(updates=0))
+    # 4, 4 and 8 answers: the third pass is the 16th, and (3 - 1) / (16 - 1) is the estimate
+    assert [request.n for request in generator.requests] == [4] * 4 + [4] * 4 + [8] * 4
+    assert {row["pass_rate"] for row in rows} == {2 / 15} and {row["drawn"] for row in rows} == {16}
+    result = tabulate(rows, 4)
+    assert (result["pass@1"], result["passuntil"], result["drawn"]) == (0.25, pytest.approx(2 / 15), 64)
+    assert result["maj@4"] == 0.0  # 999 three times
+    seeds = [request.seed for request in generator.requests]
+    assert len(set(seeds)) == len(seeds)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -169,3 +170,41 @@ def test_a_job_on_two_nodes_is_asked_to_leave_queued_again_and_ends(tmp_path: Pa
     assert job.wait(800) == 0, log.read_text()[-3000:]
     assert log.read_text().count("launch/slurm.sh: the run was asked to leave; job 7001 is queued again") == 1
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(6))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_pods_find_each_other_leave_when_one_is_evicted_and_go_on(tmp_path: Path) -> None:
+    """What Kubernetes runs in each pod, as two processes of this machine."""
+    lab = make_lab(tmp_path)
+    metrics = lab / "runs/job/metrics.jsonl"
+    pods = start_pods(lab, "first")
+    until = time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert time.monotonic() < until and all(pod.poll() is None for pod in pods), said(lab, "first")
+        time.sleep(0.1)
+    pods[1].terminate()
+    assert [pod.wait(200) for pod in pods] == [PREEMPTED, PREEMPTED], said(lab, "first")
+    assert [pod.wait(300) for pod in start_pods(lab, "second")] == [0, 0], said(lab, "second")
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(6))
+
+
+def start_pods(lab: Path, name: str) -> list[subprocess.Popen[bytes]]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    joined = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    env = {key: value for key, value in os.environ.items() if key not in joined}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env |= {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NODES": "2", "RANKS_PER_NODE": "1"}
+    env |= {"RUN_ID": name, "HEAD": "127.0.0.1", "POD_IP": "127.0.0.1", "RENDEZVOUS_PORT": str(port)}
+    command = [str(ROOT / "launch/kubernetes.sh"), str(lab / "tiny.yaml"), f"run_dir={lab / 'runs'}", "name=job", *OWN]
+    pods = []
+    for pod in range(2):
+        with (lab / f"{name}-{pod}.log").open("wb") as log:
+            pods.append(subprocess.Popen(command, cwd=lab / "elsewhere", env=env, stdout=log, stderr=log))
+    return pods
+
+
+def said(lab: Path, name: str) -> str:
+    return "\n".join(file.read_text()[-2000:] for file in sorted(lab.glob(f"{name}-*.log")))

@@ -190,7 +190,7 @@ def sleeping(three, monkeypatch):
     engine, others, held = three
     engine.parking = Parking("all", engine.shelf, others)
     llm = RecordedLlm(held)
-    monkeypatch.setattr(local_vllm, "_start", lambda *_: llm)
+    monkeypatch.setattr(local_vllm, "start", lambda *_: llm)
     monkeypatch.setattr(LocalVllm, "_sync", lambda self, engine: llm.say("sync"))
     monkeypatch.setattr(LocalVllm, "_score", lambda self, ids: llm.say("score") or [0.0] * (len(ids) - 1))
     canary = Canary.of((2, 3, 28), tolerance=math.inf, device=CPU)

@@ -35,8 +35,10 @@ DESCRIBED = (
     "recipes/*",
     "rlpost/*.py",
     "rlpost/*/*.py",
+    "rlpost/*/*/*.py",
     "rlpost/*/*.md",
     "rlpost/report/*.*",
+    "rlpost/evaluation/*.*",
     "rewards/*",
     "curricula/*",
 )

@@ -150,7 +150,7 @@ def test_what_follows_from_another_field_is_not_told_twice(write):
         ("stpes=3", "stpes: no such key, did you mean `steps`?"),
         ("sampling.tempreature=1", "sampling.tempreature: no such key, did you mean `temperature`?"),
         ("model.init.hiden_size=1", "model.init.hiden_size: no such key, did you mean `hidden_size`?"),
-        ("tasks.zzz=3", "tasks.zzz: no such key (the keys here are train, eval, prompting)"),
+        ("tasks.zzz=3", "tasks.zzz: no such key (the keys here are train, more, eval, prompting, decontaminate)"),
         ("steps=ten", "steps must be an integer (got 'ten')"),
         ("steps=1.5", "steps must be an integer (got 1.5)"),
         ("steps=null", "steps must be an integer (got None)"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,6 +118,16 @@ class HfGenerator:
             version=-1 if self.version is None else self.version,
             text=self.renderer.decode(ids[:end]),
         )
+
+
+class FolderHf(HfGenerator):
+    """Plain transformers with the weights of a folder, for evaluation alone: there is no trainer."""
+
+    def __init__(self, recipe: Recipe, folder: Path, renderer: Renderer, world: World) -> None:
+        from rlpost.policy import load_policy
+
+        self.renderer, self.world, self.version = renderer, world, 0
+        self.model = load_policy(folder, replace(recipe.model, lora=None)).model.to(world.device).eval()
 
 
 def processed_logp(logits_NV: Tensor, sampling: Sampling) -> Tensor:

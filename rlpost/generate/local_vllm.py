@@ -46,7 +46,7 @@ class LocalVllm:
         self._stream: WeightStream | None = None
         self._can_sleep = world.device.type == "cuda" and recipe.generator.sleep_level > 0
         self._asleep = False
-        self.llm = _start(recipe, folder, renderer.context, world)
+        self.llm = start(recipe, folder, renderer.context, world)
         cache = self.llm.llm_engine.vllm_config.cache_config
         self.prompt_block = int(cache.block_size) if cache.enable_prefix_caching else 0
         self._sleep()  # until the first `awake` nothing is generated, and the trainer wants its memory back
@@ -142,6 +142,15 @@ class LocalVllm:
         return [table[token].logprob for token, table in zip(token_ids[1:], answer.prompt_logprobs[1:], strict=True)]
 
 
+class FolderVllm(LocalVllm):
+    """A vLLM engine with the weights of its folder, for evaluation alone: there is no trainer, and it never sleeps."""
+
+    def __init__(self, recipe: Recipe, folder: Path, renderer: Renderer, world: World) -> None:
+        self.recipe, self.renderer, self.world = recipe.generator, renderer, world
+        self.version = 0
+        self.llm = start(recipe, folder, renderer.context, world, weights="auto")
+
+
 @contextmanager
 def stepping(engine: Any, before: Callable[[], None], ended: Callable[[Any], None] | None = None) -> Iterator[None]:
     """Call `before` ahead of each step that vLLM's engine takes, and `ended` for each request that is answered.
@@ -184,13 +193,18 @@ def _repack_head(worker: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def _start(recipe: Recipe, folder: Path, context: int, world: World) -> Any:
+def _set_environment(*, on_cpu: bool) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    on_cpu = world.device.type == "cpu"
     if on_cpu:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling costs more than it gains on a CPU
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer shares these cores
+
+
+def start(recipe: Recipe, folder: Path, context: int, world: World, *, weights: str = "dummy") -> Any:
+    """A `vllm.LLM`, with the trainer's weights to come (`dummy`) or those of the folder (`auto`)."""
+    on_cpu = world.device.type == "cpu"
+    _set_environment(on_cpu=on_cpu)
     from vllm import LLM
 
     features = probe()
@@ -203,14 +217,16 @@ def _start(recipe: Recipe, folder: Path, context: int, world: World) -> Any:
         "model": str(folder),
         "dtype": recipe.model.dtype,
         "hf_overrides": {"head_dtype": recipe.model.head_dtype} if recipe.model.head_dtype else None,
-        "load_format": "dummy",
+        "load_format": weights,
+        "use_tqdm_on_load": False,
         "max_model_len": context,
         "max_num_seqs": recipe.generator.max_num_seqs,
+        "enable_chunked_prefill": _in_chunks(recipe.generator, on_cpu=on_cpu),
         "kv_cache_memory_bytes": int(recipe.generator.kv_cache_gib * 2**30) if on_cpu else None,
         "block_size": CPU_BLOCK if on_cpu else None,
         "gpu_memory_utilization": recipe.generator.memory_frac,
         "enforce_eager": on_cpu if recipe.generator.enforce_eager is None else recipe.generator.enforce_eager,
-        "enable_sleep_mode": not on_cpu and recipe.generator.sleep_level > 0,
+        "enable_sleep_mode": not on_cpu and recipe.generator.sleep_level > 0 and weights == "dummy",
         "logprobs_mode": "processed_logprobs",
         "seed": recipe.seed,
         "disable_log_stats": True,
@@ -222,6 +238,14 @@ def _start(recipe: Recipe, folder: Path, context: int, world: World) -> Any:
         return LLM(**(arguments | recipe.generator.options))
     except (ValueError, RuntimeError, MemoryError) as error:
         raise RunError(_start_failed(error, recipe.generator, on_cpu=on_cpu)) from error
+
+
+def _in_chunks(recipe: GeneratorRecipe, *, on_cpu: bool) -> bool | None:
+    """Whether prompts are worked through in chunks; None: as vLLM likes.
+
+    Of a seeded request vLLM rewinds the dice after each chunk but the last, which it cannot do on a CPU (0.32).
+    """
+    return False if on_cpu and recipe.seeding == "request" else None
 
 
 def _start_failed(error: Exception, recipe: GeneratorRecipe, *, on_cpu: bool) -> str:
@@ -249,6 +273,25 @@ def _params(request: Request, sampling: Sampling, *, seeded: bool) -> Any:
         stop_token_ids=list(sampling.stop_ids),
         logprobs=0,
         flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def text_params(n: int, seed: int, sampling: Sampling, *, logprobs: int | None) -> Any:
+    """How vLLM draws `n` texts that nothing is trained on: seeded one by one, without log-probs unless asked for."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=n,
+        seed=seed,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_new_tokens,
+        stop_token_ids=list(sampling.stop_ids),
+        logprobs=logprobs,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

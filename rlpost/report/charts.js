@@ -110,8 +110,10 @@ function lineChart(spec) {
     if (!all.length) return plot.replaceChildren(h("p", { class: "soft" }, "Nothing was logged."));
     const smooth = spec.smooth ? spec.smooth() : 0;
     for (const one of series) one.line = smooth && one.y.length > 4 ? averaged(one.y, smooth) : one.y;
-    const values = series.flatMap((one) => [...one.y, ...(one.band || []).flatMap((pair) => pair || [])]).filter((y) => y !== null);
-    let [low, high] = range(values);
+    let [low, high] = range(series.flatMap((one) => one.y).filter((y) => y !== null));
+    const span = high - low || Math.abs(high) || 1; // a band that is wider than this, as one of two seeds, leaves the picture
+    const [below, above] = range([low, high, ...series.flatMap((one) => (one.band || []).flatMap((pair) => pair || [])).filter((y) => y !== null)]);
+    [low, high] = [Math.max(low - span / 2, below), Math.min(high + span / 2, above)];
     if (spec.floor !== undefined && low < spec.floor + (high - low)) low = Math.min(low, spec.floor);
     if (high - low < 1e-12) [low, high] = [low - (Math.abs(low) / 10 || 0.5), high + (Math.abs(high) / 10 || 0.5)];
     const pad = (high - low) * 0.05;
@@ -123,9 +125,10 @@ function lineChart(spec) {
     if (from === to) [from, to] = [from - 1, to + 1];
     const X = (x) => box.left + ((x - from) / (to - from)) * (box.right - box.left);
     const Y = (y) => box.bottom - ((y - low) / (high - low)) * (box.bottom - box.top);
+    const inside = (y) => Math.min(Math.max(Y(y), box.top), box.bottom);
     const image = frame(width, height, box, { X, Y, from, to, yTicks, xName: spec.xName(), label: spec.title });
     for (const one of series) {
-      if (one.band) image.append(s("path", { d: bandPath(one, X, Y), style: { fill: one.ink, fillOpacity: series.length > 2 ? 0.09 : 0.17 } }));
+      if (one.band) image.append(s("path", { d: bandPath(one, X, inside), style: { fill: one.ink, fillOpacity: series.length > 2 ? 0.09 : 0.17 } }));
       if (one.line !== one.y) image.append(s("path", { d: linePath(one.x, one.y, X, Y), fill: "none", style: { stroke: one.ink, strokeOpacity: 0.25 } }));
       const few = one.x.length <= 30;
       image.append(s("path", { d: linePath(one.x, one.line, X, Y), fill: "none", "stroke-width": 1.8, "stroke-dasharray": one.dash || null, style: { stroke: one.ink } }));

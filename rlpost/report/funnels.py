@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rlpost.metrics import metric_info
@@ -15,6 +17,16 @@ def funnels(steps: Sequence[Row]) -> list[dict[str, Any]]:
     """The funnels that a run's figures allow; each a title and stages of (label, number)."""
     found = [_groups(steps), _rollouts(steps), _tokens(steps), _hints(steps), _synthesis(steps)]
     return [funnel for funnel in found if len(funnel["stages"]) > 1]
+
+
+def funnel_of_file(folder: Path) -> list[dict[str, Any]]:
+    """The funnel of `rlpost synth`, where the run's folder has one: what each stage let through of what was sampled."""
+    path = folder / "synth" / "funnel.json"
+    if not path.exists():
+        return []
+    stages = [one for one in json.loads(path.read_text(encoding="utf-8")) if one["stage"] != "identify"]
+    found = _stages("Synthesis before the run", *((one["stage"].replace("_", " "), one["out"]) for one in stages))
+    return [found] if len(found["stages"]) > 1 else []
 
 
 def total(steps: Sequence[Row], name: str) -> float:

@@ -1,7 +1,7 @@
 /* The page: sections from the data, in the order in which one asks. */
 const CHARTS = {
   Evaluation: [
-    ["Held-out pass@k", "evals", /^eval\/pass@\d+$/, "Of the held-out problems. Bands: 95 % over problems and answers."],
+    ["Held-out pass@k", "evals", /^eval\/pass@\d+$/, "Of the held-out problems. Bands: 95 % over problems and answers; of a mean over seeds, over seeds."],
     ["Held-out pass@1 by level", "evals", /^eval\/pass@1\/.+/, "Mean over the level's problems."],
     ["Held-out test loss", "evals", /^eval\/loss$/, "1 - pass@1."],
     ["Held-out problems gained and lost", "evals", /^eval\/(gained|lost)_frac$/, "Against the first evaluation."],

@@ -12,7 +12,7 @@ from rlpost.history import History, lines_of
 from rlpost.metrics import metric_info
 from rlpost.report.columns import choice_columns, eval_columns, short, step_columns
 from rlpost.report.facts import facts
-from rlpost.report.funnels import by_level, funnels, total
+from rlpost.report.funnels import by_level, funnel_of_file, funnels, total
 
 OF_ONE_RUN = ("name", "seed", "run_dir", "resume")
 """Fields in which runs of one arm differ."""
@@ -61,7 +61,7 @@ def run_of(history: History, name: str) -> dict[str, Any]:
         ],
         "rules": [rule.title for rule in RULES.values()],
         "chosen": choice_columns(list(lines_of(history.folder / "chosen.jsonl"))),
-        "funnels": funnels(steps),
+        "funnels": funnels(steps) + funnel_of_file(history.folder),
         "levels": by_level(steps),
         "phases": phases_of(history),
         "memory": (history.summary or {}).get("memory"),

@@ -230,7 +230,8 @@ def tied_pairs(law: Law, replicates: Replicates) -> list[tuple[int, int]]:
     pairs = [(a, b) for a in range(len(spread)) for b in range(a) if spread[a] > 1e-9 and spread[b] > 1e-9]
     if not pairs:
         return []
-    alike = np.corrcoef(replicates.theta_Sp.T)
+    with np.errstate(invalid="ignore"):  # one that never moves has no correlation, and is in no pair
+        alike = np.corrcoef(replicates.theta_Sp.T)
     return [(b, a) for a, b in pairs if abs(alike[a, b]) > TIED]
 
 

@@ -91,7 +91,9 @@ def slope_figure(found: Fit) -> Figure:
     for size, num, own in seen:
         bars = [[own.value - own.low], [own.high - own.value]] if np.isfinite(own.low) else None
         axis.errorbar([size], [own.value], yerr=bars, fmt="o", color=_COLORS[1], capsize=3)
-        axis.annotate(f"{num} runs", (size, own.value), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        axis.annotate(
+            f"{num} run{'s' * (num != 1)}", (size, own.value), textcoords="offset points", xytext=(6, 4), fontsize=8
+        )
     axis.set(xscale="log", xlabel="N (parameters without embeddings)", ylabel="k(N)", title=found.label)
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)

@@ -307,7 +307,9 @@ def _ended(pids: list[int]) -> list[tuple[int, int]]:
 
 
 def events(folder: Path) -> list[tuple[int, float]]:
-    """(step, mean reward) as TensorBoard shows them."""
+    """(step, mean reward) as TensorBoard shows them; none where the run has written nothing for it."""
+    if not (folder / "tensorboard").exists():
+        return []
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     accumulator = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})

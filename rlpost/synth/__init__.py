@@ -1,0 +1,1 @@
+"""Synthesis of difficult problems: the stages of `rlpost synth`."""
