@@ -7,6 +7,7 @@ whatever it has started, and another takes its place.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import importlib
@@ -120,11 +121,13 @@ class Judges:
             str(self._folder),
             list(sys.path),
         )
+        atexit.register(self.close)
         self._pool = ProcessPool(self.workers, initializer=begin, initargs=arguments, context=context)
 
     def close(self) -> None:
         """End the processes and whatever they have started; a later question starts others."""
         if self._pool is not None:
+            atexit.unregister(self.close)
             self._pool.stop()  # from here on no dead worker is replaced
             self._end_leftovers(everything=True)
             self._pool.join()

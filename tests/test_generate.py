@@ -71,6 +71,16 @@ def learn(engine, rollouts):
     update(engine, batch, loss_of, Metrics(engine.world))
 
 
+def test_a_request_is_told_of_when_its_answers_have_ended_and_with_these_very_answers(single_rank):
+    engine = make_engine(single_rank, tiny_policy())
+    generator = HfGenerator(Recipe(), make_renderer(), make_canary(), single_rank)
+    told = []
+    with generator.awake(engine, 0):
+        rollouts = generator.generate(REQUESTS, SAMPLING, told.append)
+    assert [len(group) for group in told] == [5, 4]
+    assert [id(one) for group in told for one in group] == [*map(id, rollouts)]
+
+
 # The canary.
 
 
@@ -286,11 +296,14 @@ def sample_vllm(generator):
         return [rollout.token_ids for rollout in generator.generate(requests, replace(SAMPLING, **changes))]
 
     many = [replace(request, n=16) for request in REQUESTS]
-    rollouts = generator.generate(many, SAMPLING)
+    told = []
+    rollouts = generator.generate(many, SAMPLING, told.append)
     torch.rand(3)
     result = {
         "rollouts": [rollout_as_json(rollout) for rollout in rollouts],
         "call_seed_repeats": ids(many) == [rollout.token_ids for rollout in rollouts],
+        "told_whole": sorted(id(one) for group in told for one in group) == sorted(map(id, rollouts)),
+        "told_sizes": [len(group) for group in told],
         "nothing": generator.generate([], SAMPLING),
         "greedy_logp": [one.behavior_logp for one in generator.generate(REQUESTS, replace(SAMPLING, top_k=1))],
     }
@@ -311,6 +324,11 @@ def rollout_as_json(rollout):
 def vllm(request):
     [result] = run_ranks(run_vllm, num_ranks=1, tie=request.param)
     return result
+
+
+@pytest.mark.slow
+def test_vllm_tells_of_a_request_when_its_answers_have_ended(vllm):
+    assert vllm["told_whole"] and vllm["told_sizes"] == [16, 16]
 
 
 @pytest.mark.slow
