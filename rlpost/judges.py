@@ -7,10 +7,12 @@ whatever it has started, and another takes its place.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import importlib
 import inspect
+import math
 import multiprocessing
 import os
 import random
@@ -19,6 +21,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures import wait
@@ -59,6 +62,8 @@ class Question:
     future: Any = None
     pool: Any = None
     tries: int = 0
+    until: float = math.inf
+    """When it is overdue, by a clock that does not jump; the pool goes by the clock of the day."""
 
 
 class Judges:
@@ -78,6 +83,7 @@ class Judges:
         assert self._pool is not None
         seconds = question.seconds
         limit = None if seconds is None else seconds * max(len(question.rollouts), 1) + GRACE_S
+        question.until = math.inf if limit is None else time.monotonic() + limit
         arguments = question.index, question.rollouts, question.group, seconds
         question.pool, question.tries = self._pool, question.tries + 1
         question.future = self._pool.schedule(work, args=arguments, timeout=limit)
@@ -100,6 +106,8 @@ class Judges:
                 self.close()
             return self.answer(self.ask(question))
         except FutureTimeout:
+            if time.monotonic() < question.until and question.tries < MOST_TRIES:
+                return self.answer(self.ask(question))
             note = f"did not come back within {question.seconds:g} s a rollout, and was killed"
             failed = Verdict(None, "timeout", note=note)
         except ProcessExpired as error:
@@ -120,11 +128,13 @@ class Judges:
             str(self._folder),
             list(sys.path),
         )
+        atexit.register(self.close)
         self._pool = ProcessPool(self.workers, initializer=begin, initargs=arguments, context=context)
 
     def close(self) -> None:
         """End the processes and whatever they have started; a later question starts others."""
         if self._pool is not None:
+            atexit.unregister(self.close)
             self._pool.stop()  # from here on no dead worker is replaced
             self._end_leftovers(everything=True)
             self._pool.join()

@@ -193,7 +193,7 @@ def _sum(rollout: Rollout, weights: Mapping[str, float]) -> float | None:
 
 
 def _failure(reward: BoundReward, rollout: Rollout, verdict: Verdict) -> RunError:
-    more = " or raise its timeout_s (failure.reward_s)," if verdict.ending == "timeout" else ""
+    more = " raise its timeout_s (failure.reward_s)," if verdict.ending == "timeout" else ""
     source = "" if source_of(reward.call) in verdict.note else f" (in {source_of(reward.call)})"
     return RunError(
         f"reward `{reward.name}` must judge every rollout, and {verdict.note}{source} for task {rollout.task.key}, "

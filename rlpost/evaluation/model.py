@@ -127,7 +127,9 @@ def folder_generator(recipe: Recipe, folder: Path, renderer: Renderer, world: Wo
 def _evaluator(recipe: Recipe, folder: Path, world: World) -> Evaluator:
     assert recipe.tasks.eval is not None, "recipes_of has seen to it"
     tasks = load_tasks(recipe.tasks.eval, "tasks.eval")
-    found = make_evaluator(recipe, tasks, make_renderer(recipe, folder), bind_rewards(recipe.rewards), world)
+    found = make_evaluator(
+        recipe, tasks, make_renderer(recipe, folder), bind_rewards(recipe.rewards, recipe.failure), world
+    )
     assert found is not None, "load_tasks returns at least one"
     return found
 

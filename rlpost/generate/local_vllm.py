@@ -10,7 +10,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,10 +67,14 @@ class LocalVllm:
             if whole is not None:
                 whole(made[place])
 
-        with torch.random.fork_rng(devices=[self.world.device] if self.world.device.type == "cuda" else []):
+        with self._own_dice():
             torch.manual_seed(_call_seed(requests))
             self._answers(prompts, params, ended)
         return [rollout for place in range(len(requests)) for rollout in made[place]]
+
+    def _own_dice(self) -> AbstractContextManager[None]:
+        """What vLLM draws changes nothing of what the trainer draws: a run that goes on scores its canary once more."""
+        return torch.random.fork_rng(devices=[self.world.device] if self.world.device.type == "cuda" else [])
 
     def _answers(self, prompts: list[Any], params: list[Any], ended: Callable[[Any], None]) -> None:
         """One vLLM call; between the steps of its engine this rank looks whether it has been asked to leave."""
@@ -138,7 +142,8 @@ class LocalVllm:
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
-        [answer] = self.llm.generate([{"prompt_token_ids": list(token_ids)}], params, use_tqdm=False)
+        with self._own_dice():
+            [answer] = self.llm.generate([{"prompt_token_ids": list(token_ids)}], params, use_tqdm=False)
         return [table[token].logprob for token, table in zip(token_ids[1:], answer.prompt_logprobs[1:], strict=True)]
 
 
