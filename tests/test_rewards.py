@@ -52,6 +52,15 @@ def rollout(text, answer="72", prompt="7-0+6-3=", solution=None):
         ("#### seventy-two", "72", 0.0),
         ("#### " + "9" * 10_000, "72", 0.0),
         ("#### \u0667\u0662", "72", 0.0),
+        ("The final answer is 20 + 40 + 12 = 72", "72", 1.0),
+        ("The final answer is 72 + 0 + 8 = 80", "72", 0.0),
+        ("The answer is x = 72.\nThat is 8 = 8.", "72", 1.0),
+        ("answer is 72 =", "72", 1.0),
+        ("The answer is 72/16", "72", 0.0),
+        ("so it is 16/72", "72", 0.0),
+        ("The answer is 72 3/4", "72", 0.0),
+        ("#### 72 / 6", "72", 0.0),
+        ("#### 72 km/h", "72", 1.0),
     ],
 )
 def test_final_number_table(text, answer, reward):
