@@ -12,8 +12,8 @@ from rich.console import Console
 from rlpost.catalogue import print_metrics
 from rlpost.metrics import METRICS, metric_info
 
-ELSEWHERE = {"mfu/*", "energy/*_j", "total/energy/*"}
-"""Where the hardware tells: `test_accounts.py` and `test_energy.py` have them."""
+ELSEWHERE = {"mfu/*", "energy/*_j", "total/energy/*"} | {name for name in METRICS if name.startswith("synth/")}
+"""Where the hardware tells, or a model has to write: `test_accounts`, `test_energy`, `test_synth_online` have them."""
 NOT_FIGURES = {"step", "unix_s"}
 COINS = '''
 def coin(rollout):
@@ -42,7 +42,7 @@ RUNS = {
             COIN,
             "steps=11",
             "logging.noise_every=2",
-            "evaluation={n: 2, every: 4, by: terms}",
+            "evaluation={n: 2, every: 4, by: terms, until: 4, vote: final_number}",
             "tasks.train.config.size=9",
         ),
         *(

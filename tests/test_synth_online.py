@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from lab import ROOT, make_lab, train_here
 
-from rlpost.metrics import Metrics
+from rlpost.metrics import METRICS, Metrics, metric_info
 from rlpost.synth.online import diversity, reason_to_stop, room_of
 from rlpost.synth_recipe import Online
 from rlpost.types import Task
@@ -45,6 +45,8 @@ def test_problems_join_the_tasks_with_their_pass_rate_up_to_the_budget_and_resum
     assert sum(added) <= 14
     assert lines[2]["synth/sample"] == 40 and lines[2]["synth/seeds"] > 0
     assert lines[2]["synth/measured"] >= lines[2]["synth/sometimes_solved"] >= added[2]
+    logged = {metric_info(name) for line in lines for name in line if name.startswith("synth/")}
+    assert logged == {info for name, info in METRICS.items() if name.startswith("synth/")}
     state = json.loads((folder / "runs/whole/checkpoints/step-000007/state.json").read_text())
     joined = state["curriculum"]["added"]
     assert len(joined) == sum(added) and {task["source"].partition(":")[0] for task in joined} == {"synth"}
