@@ -18,6 +18,7 @@ from rlpost.evaluation.audit_command import add_audit
 from rlpost.evaluation.options import add_eval, asked_of, out_of
 from rlpost.preempt import PREEMPTED, preemption
 from rlpost.report.command import add_commands
+from rlpost.reward_commands import add_reward_commands
 from rlpost.scaling.options import add_scaling
 from rlpost.simulate.options import add_simulations
 from rlpost.synth.options import add_synth
@@ -101,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     add_simulations(commands)
     add_scaling(commands)
     add_commands(commands)
+    add_reward_commands(commands)
     return top
 
 
@@ -187,7 +189,8 @@ def evaluate(options: argparse.Namespace) -> None:
     from rlpost.world import World
 
     def run(world: World) -> None:
-        found = evaluate_sets(asked, world, out=out_of(options, recipe=is_recipe(options.target)))
+        out = out_of(options, recipe=is_recipe(options.target))
+        found = evaluate_sets(asked, world, out=out, against=options.against)
         if world.is_main:
             figures = {name: one["figures"] for name, one in found.items()}
             print(json.dumps(figures if options.tasks else figures[asked[0][0]], indent=2))
@@ -378,6 +381,15 @@ def quiet() -> None:
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     for library in ("torch", "deepspeed", "vllm", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{library}(\..*)?")
+    warnings.formatwarning = as_sentence
+
+
+def as_sentence(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of rlpost as a person should read it; those of libraries say where they come from."""
+    ours = Path(filename).is_relative_to(Path(__file__).parent)
+    return f"warning: {message}\n" if ours else f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 if __name__ == "__main__":

@@ -229,6 +229,18 @@ def unjudged(past: Past) -> str | None:
     return None
 
 
+def reward_fails(past: Past) -> str | None:
+    """One in a hundred verdicts is a timeout, a crash or an error of the reward, whatever the recipe makes of it."""
+    rollouts = past.mean("rollouts/num")
+    for name in past.newest():
+        if name.startswith("reward/endings/") and name.endswith(("/timeout", "/crash", "/error")):
+            failed = past.mean(name)
+            if failed is not None and rollouts and failed > 0.01 * rollouts:
+                reward, _, ending = name.removeprefix("reward/endings/").rpartition("/")
+                return f"The reward {reward} ended in a {ending} on {failed / rollouts:.0%} of the rollouts."
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Trend:
     """How a figure moved from one window of steps to a later one.
@@ -318,6 +330,11 @@ RULES: dict[str, Rule] = {
         "rollouts without a verdict",
         unjudged,
         "They teach nothing: read them, and mend the reward or the answers that it is given.",
+    ),
+    "reward_fails": Rule(
+        "a reward fails",
+        reward_fails,
+        "samples.jsonl says where; `rlpost try-reward REWARD --run RUN` asks it again.",
     ),
 }
 

@@ -56,6 +56,8 @@ def is_harmless(key: str, recipe: Recipe) -> bool:
         return recipe.engine.schedule == "constant"
     if key == "evaluation.every" and recipe.algorithm.kl.reset.patience:
         return False
+    if key.startswith("synth"):  # without rounds in the run it is another command's
+        return recipe.synth is None or recipe.synth.online is None
     return key.startswith(HARMLESS)
 
 

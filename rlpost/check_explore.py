@@ -54,29 +54,33 @@ def _explorer(plugin: Any, i: int) -> list[str]:
 
 def _hints(recipe: Recipe, plugin: dict[str, Any], i: int) -> list[str]:
     """Tasks from a file must have the columns that hints are taken from; other sources bring what they have."""
-    train, source = recipe.tasks.train, plugin.get("source", "column")
-    where = f"explore.{i}: guide.source={source} needs"
-    if source == "column" and not train.hints:
-        return [f"{where} tasks.train.hints, the columns that hold hints from weak to strong (got none): name them"]
-    if source == "solution" and not train.solution:
-        return [f"{where} tasks.train.solution, the column with a worked solution (got none): name it"]
-    if source == "answer" and not train.answer:
-        return [f"{where} tasks.train.answer (got null): name the column"]
-    return []
+    source, needs = plugin.get("source", "column"), f"explore.{i}: guide.source={plugin.get('source', 'column')} needs"
+    lacks = {
+        "column": ("hints", ", the columns that hold hints from weak to strong (got none): name them"),
+        "solution": ("solution", ", the column with a worked solution (got none): name it"),
+        "answer": ("answer", " (got null): name the column"),
+    }
+    if source not in lacks:
+        return []
+    field, rest = lacks[source]
+    return [f"{needs} {where}.{field}{rest}" for where, one in recipe.tasks.sources.items() if not getattr(one, field)]
 
 
 def _expert(recipe: Recipe, plugin: dict[str, Any], i: int) -> list[str]:
-    train, field = recipe.tasks.train, plugin.get("field")
-    if not field and not train.solution:
+    field = plugin.get("field")
+    sources = recipe.tasks.sources.items()
+    if not field:
         return [
-            f"explore.{i}: expert needs tasks.train.solution, the column with a worked solution (got none): name it or "
+            f"explore.{i}: expert needs {where}.solution, the column with a worked solution (got none): name it or "
             "expert.field"
+            for where, one in sources
+            if not one.solution
         ]
-    if field and field not in train.extra and kind_of(train.path) in ("file", "hf"):
-        return [
-            f"explore.{i}: expert.field must be one of tasks.train.extra (got `{field}`, and extra has {train.extra})"
-        ]
-    return []
+    return [
+        f"explore.{i}: expert.field must be one of {where}.extra (got `{field}`, and extra has {one.extra})"
+        for where, one in sources
+        if field not in one.extra and kind_of(one.path) in ("file", "hf")
+    ]
 
 
 def _sampled(recipe: Recipe, plugin: dict[str, Any], i: int) -> list[str]:

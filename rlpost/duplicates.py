@@ -7,14 +7,15 @@ least `threshold`. Broder, "On the resemblance and containment of documents", 19
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlpost.errors import RunError
 
-NUM_PERM = 128
-"""Hashes of a signature."""
+NUM_PERM = 64
+"""Hashes of a signature: with candidates compared exactly, more find hardly more."""
 WIDER, WEIGHTS = 0.8, (0.1, 0.9)
 """Candidates are sought from a lower threshold on, and a false one weighs less than a missed one: it costs one exact
 comparison."""
@@ -58,31 +59,28 @@ class NearIndex:
 
     def add(self, text: str) -> int:
         """Take in a text; its place, counted from 0."""
-        return self._insert(text, self._signature(shingles(text, self.shingle)))
+        words = words_of(text)
+        return self._insert(text, words, self._signature(runs_of(words, self.shingle)))
 
     def find(self, text: str) -> tuple[int, float] | None:
         """Place and similarity of the nearest text that was added, the earlier of two; None: none is near."""
-        near = self._same(text)
-        if near is None:
-            found = shingles(text, self.shingle)
-            near = self._nearest(found, self._signature(found))
-        return near
+        return self._look(text, add=False)
 
     def find_or_add(self, text: str) -> tuple[int, float] | None:
         """What `find` says; a text that is near to none is added."""
-        near = self._same(text)
-        if near is not None:
-            return near
-        found = shingles(text, self.shingle)
+        return self._look(text, add=True)
+
+    def _look(self, text: str, *, add: bool) -> tuple[int, float] | None:
+        words = words_of(text)
+        same = self._exact.get(" ".join(words))
+        if same is not None:
+            return same, 1.0
+        found = runs_of(words, self.shingle)
         signature = self._signature(found)
         near = self._nearest(found, signature)
-        if near is None:
-            self._insert(text, signature)
+        if near is None and add:
+            self._insert(text, words, signature)
         return near
-
-    def _same(self, text: str) -> tuple[int, float] | None:
-        place = self._exact.get(plain(text))
-        return None if place is None else (place, 1.0)
 
     def _nearest(self, found: frozenset[str], signature: Any) -> tuple[int, float] | None:
         best: tuple[int, float] | None = None
@@ -92,18 +90,18 @@ class NearIndex:
                 best = place, similarity
         return best
 
-    def _insert(self, text: str, signature: Any) -> int:
+    def _insert(self, text: str, words: Sequence[str], signature: Any) -> int:
         place = len(self._texts)
         self._texts.append(text)
-        self._exact.setdefault(plain(text), place)
+        self._exact.setdefault(" ".join(words), place)
         self._lsh.insert(place, signature, check_duplication=False)
         return place
 
     def _signature(self, found: frozenset[str]) -> Any:
         from datasketch import MinHash
 
-        if self._empty is None:
-            self._empty = MinHash(num_perm=NUM_PERM)  # its permutations, which take longest to make, are shared
+        if self._empty is None:  # its permutations, which take longest to make, are shared
+            self._empty = MinHash(num_perm=NUM_PERM, hashfunc=zlib.crc32)  # which the library mixes further
         signature = self._empty.copy()
         signature.update_batch([shingle.encode() for shingle in found])
         return signature
@@ -141,7 +139,12 @@ def plain(text: str) -> str:
     >>> plain("What  is 2+2?")
     'what is 2 + 2 ?'
     """
-    return " ".join(_WORD.findall(text.casefold()))
+    return " ".join(words_of(text))
+
+
+def words_of(text: str) -> list[str]:
+    """Words and single signs, in lower case."""
+    return _WORD.findall(text.casefold())
 
 
 def shingles(text: str, size: int) -> frozenset[str]:
@@ -150,8 +153,12 @@ def shingles(text: str, size: int) -> frozenset[str]:
     >>> sorted(shingles("What is 2+2?", 5))
     ['is 2 + 2 ?', 'what is 2 + 2']
     """
-    words = _WORD.findall(text.casefold())
-    return frozenset(" ".join(words[i : i + size]) for i in range(max(1, len(words) - size + 1)))
+    return runs_of(words_of(text), size)
+
+
+def runs_of(words: Sequence[str], size: int) -> frozenset[str]:
+    """The same of a text's words."""
+    return frozenset([" ".join(words[i : i + size]) for i in range(max(1, len(words) - size + 1))])
 
 
 def jaccard(a: frozenset[str], b: frozenset[str]) -> float:

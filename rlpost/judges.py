@@ -7,6 +7,7 @@ whatever it has started, and another takes its place.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import importlib
@@ -113,12 +114,20 @@ class Judges:
         context.set_forkserver_preload(["rlpost.judges", *needs(self.plugins, shipped_only=True)])
         self._folder = Path(tempfile.mkdtemp(prefix="rlpost-judges-"))
         memory = self.limits.reward_memory_gib
-        arguments = (self.plugins, None if memory is None else int(memory * 2**30), str(self._folder), list(sys.path))
+        arguments = (
+            self.plugins,
+            self.workers,
+            None if memory is None else int(memory * 2**30),
+            str(self._folder),
+            list(sys.path),
+        )
+        atexit.register(self.close)
         self._pool = ProcessPool(self.workers, initializer=begin, initargs=arguments, context=context)
 
     def close(self) -> None:
         """End the processes and whatever they have started; a later question starts others."""
         if self._pool is not None:
+            atexit.unregister(self.close)
             self._pool.stop()  # from here on no dead worker is replaced
             self._end_leftovers(everything=True)
             self._pool.join()
@@ -174,13 +183,14 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def begin(plugins: Sequence[Mapping[str, Any]], memory: int | None, folder: str, path: Sequence[str]) -> None:
+def begin(plugins: Sequence[Mapping[str, Any]], workers: int, memory: int | None, folder: str, path: list[str]) -> None:
     """In a new worker: a process group of its own, its limits, and the rewards."""
     os.setsid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     Path(folder, str(os.getpid())).touch()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, "1")
+    os.environ["RLPOST_JUDGES"] = str(workers)
     sys.path[:] = path
     try:
         _bound[:] = [bind(plugin, "rewards", where="rewards", skip=1) for plugin in plugins]

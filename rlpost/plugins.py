@@ -85,7 +85,7 @@ def resolve(spec: str, package: str) -> Callable[..., Any]:
     module_name, colon, object_name = spec.rpartition(":")
     if not colon:
         return _resolve_bare(spec, package)
-    module = _load_file(module_name) if module_name.endswith(".py") else _load_module(module_name, spec)
+    module = load_file(module_name) if module_name.endswith(".py") else _load_module(module_name, spec)
     return _object_of(module, (object_name,), spec)
 
 
@@ -191,7 +191,8 @@ def _load_module(module_name: str, spec: str) -> ModuleType:
         raise RunError(f"`{spec}` cannot be imported: {user_error(error)}") from error
 
 
-def _load_file(file: str) -> ModuleType:
+def load_file(file: str) -> ModuleType:
+    """The module that a Python file is, loaded once."""
     path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise RunError(f"the file {file} does not exist (relative paths start at the current folder)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -68,7 +69,9 @@ def _bound(plugin: Mapping[str, Any], where: str, limits: Failure, taken: set[st
     )
     isolated = plugin.get("isolate", plugin["use"] not in QUICK)
     name = _name(plugin["use"].rpartition(":")[2], taken)
-    return BoundReward(name, float(plugin.get("weight", 1.0)), call, own, shape, plugin if isolated else None)
+    # A model may write what a grader chokes on, and that is not worth a run; an error of its own is.
+    on_hang = None if plugin.get("on_error") else getattr(inspect.getmodule(call.func), "ON_HANG", None)
+    return BoundReward(name, float(plugin.get("weight", 1.0)), call, own, shape, plugin if isolated else None, on_hang)
 
 
 def _name(stem: str, taken: set[str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,7 @@ def sample(step: int, rollout: Rollout) -> dict[str, Any]:
         **({"verdicts": verdicts} if verdicts else {}),
         "finish_reason": rollout.finish_reason,
         "num_tokens": len(rollout.token_ids),
+        "token_ids": base64.b64encode(array("I", rollout.token_ids).tobytes()).decode(),
         **({"role": rollout.role, "hint": rollout.hint, "level": rollout.level} if rollout.role != "policy" else {}),
     }
 

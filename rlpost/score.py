@@ -31,6 +31,9 @@ class BoundReward:
     plugin: Mapping[str, Any] | None = None
     """What a process apart makes it from; None: it runs in this one."""
 
+    on_hang: str | None = None
+    """What becomes of an answer that it took too long for or died of: `ON_HANG` of a shipped reward's file."""
+
     @property
     def alone(self) -> bool:
         """Whether it judges one rollout at a time, and another process may judge the next one meanwhile."""
@@ -174,9 +177,10 @@ def _take(reward: BoundReward, rollout: Rollout, verdict: Verdict) -> None:
     """Write a verdict down; where the reward failed and its policy is `raise`, that is the run's end."""
     value = verdict.value
     if verdict.failed:
-        if reward.limits.reward == "raise":
+        policy = reward.limits.reward if verdict.ending == "error" else reward.on_hang or reward.limits.reward
+        if policy == "raise":
             raise _failure(reward, rollout, verdict)
-        value = 0.0 if reward.limits.reward == "zero" else None
+        value = 0.0 if policy == "zero" else None
     rollout.verdicts[reward.name], rollout.reward_parts[reward.name] = verdict, value
 
 
@@ -189,7 +193,7 @@ def _sum(rollout: Rollout, weights: Mapping[str, float]) -> float | None:
 
 
 def _failure(reward: BoundReward, rollout: Rollout, verdict: Verdict) -> RunError:
-    more = " or raise its timeout_s (failure.reward_s)," if verdict.ending == "timeout" else ""
+    more = " raise its timeout_s (failure.reward_s)," if verdict.ending == "timeout" else ""
     source = "" if source_of(reward.call) in verdict.note else f" (in {source_of(reward.call)})"
     return RunError(
         f"reward `{reward.name}` must judge every rollout, and {verdict.note}{source} for task {rollout.task.key}, "

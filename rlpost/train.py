@@ -247,7 +247,8 @@ def evaluate_between(run: Run, step: int, progress: Progress) -> None:
         save(run, step)
         raise
     run.evaluation_due = False
-    run.objective.after_evaluation(figures["pass@1"])
+    if "pass@1" in figures:
+        run.objective.after_evaluation(figures["pass@1"])
 
 
 def evaluate(run: Run, step: int, progress: Progress) -> dict[str, float]:
@@ -260,9 +261,8 @@ def evaluate(run: Run, step: int, progress: Progress) -> dict[str, float]:
         spent = run.accounts.close_evaluation(run.world.all_gather_object(run.accounts.take()))
     logged = {f"eval/{name}": value for name, value in result.items()} | spent
     run.trackers.log(max(step - 1, 0), logged)
-    progress.message(
-        f"evaluation after {step} steps: pass@1 {result['pass@1']:.3f} on {result['num_problems']:.0f} problems"
-    )
+    found = f"pass@1 {result['pass@1']:.3f}" if "pass@1" in result else "no answer could be judged"
+    progress.message(f"evaluation after {step} steps: {found} on {result['num_problems']:.0f} problems")
     raise_alarms(run, max(step - 1, 0), logged, progress)
     return result
 

@@ -32,7 +32,7 @@ sft:
   steps: 4
   batch_size: 8
   lr: 1.0e-3
-rewards: [{use: exact_chain}, {use: "mylab.rewards:brevity", target: 24}]
+rewards: [{use: exact_chain}, {use: "mylab.rewards:brevity", target: 24, isolate: false}]
 sampling: {group_size: 4, max_new_tokens: 24}
 engine: {lr: 1.0e-3}
 generator: {kv_cache_gib: 0.25, max_num_seqs: 64}
@@ -57,6 +57,10 @@ def brevity(rollout, *, target: int = 200) -> float:
 def sevens(rollout) -> float:
     """The share of sevens."""
     return rollout.text.count("7") / len(rollout.token_ids)
+
+
+def nothing(rollout) -> None:
+    """Judges none."""
 
 
 def foreseeable(rollout) -> float:

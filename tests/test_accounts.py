@@ -126,7 +126,7 @@ def test_answers_find_whole_blocks_of_their_prompt() -> None:
 def test_purposes_are_the_phases_of_the_clock_and_an_evaluation_stays_out_of_the_step() -> None:
     clock, found = Clock(), accounts()
     answers = [SimpleNamespace(token_ids=(1,) * 3)] * 2
-    inner = SimpleNamespace(generate=lambda requests, sampling: answers, prompt_block=4)
+    inner = SimpleNamespace(generate=lambda requests, sampling, whole: answers, prompt_block=4)
     wrapped = Counted(inner, found, clock)  # type: ignore[arg-type]
     phases = ("generate", "measure", "evaluate")
     for phase in phases:

@@ -50,6 +50,7 @@ FIRES = {
     "zero_spread": rows(groups__spread_frac=steady(0.1, 6), reward__solved_frac=steady(0.02, 6)),
     "gradient_spike": rows(optim__grad_norm=[*steady(0.3, 25), 30.0]),
     "unjudged": rows(rollouts__num=steady(100.0, 6), reward__unjudged__math=steady(20.0, 6)),
+    "reward_fails": rows(rollouts__num=steady(100.0, 6), reward__endings__math__timeout=steady(2.0, 6)),
 }
 QUIET = {
     "entropy falls to where everything is solved": rows(
@@ -76,6 +77,11 @@ QUIET = {
     "gradients within tenfold": rows(optim__grad_norm=[*steady(0.3, 25), 3.0]),
     "a spike among the first gradients": rows(optim__grad_norm=[0.1, 5.0, 0.1, 0.1]),
     "a few without a verdict": rows(rollouts__num=steady(100.0, 6), reward__unjudged__math=steady(5.0, 6)),
+    "many wrong answers, few failures": rows(
+        rollouts__num=steady(100.0, 6),
+        reward__endings__math__wrong=steady(90.0, 6),
+        reward__endings__math__error=steady(0.5, 6),
+    ),
     "too short to say": rows(policy__entropy=[1.0, 0.01], groups__spread_frac=[0.0, 0.0]),
     "nothing was logged": [],
 }

@@ -43,7 +43,7 @@ def answered(text, *, passed=True, marked=1.0, finish="stop"):
 
 
 def test_flags_name_what_is_suspicious():
-    assert flags_of(answered("2 + 2 = 4\n#### 4")) == []
+    assert flags_of(answered("2 + 2 = 4\n#### 4")) == flags_of(answered("The answer is 2 + 2 = 4. #### 4")) == []
     found = flags_of(answered("2 + 2 = 5. The answer is 5. #### 4", marked=0.0, finish="length"))
     assert found == ["format: marked_answer is 0", "truncated", "contradiction: 2 + 2 = 5", "several answers: 5, 4"]
 
@@ -90,7 +90,7 @@ def test_rates_weigh_the_strata_by_how_many_answers_they_have(folder):
         "wrong": 0,
     }
     share, low, high = found["false_positive_frac"]
-    assert share == 0.25 and low < 0.25 < high < 0.55  # 10 of 10 known; of the 30 others 10 were looked at
+    assert share == low == 0.25 and high == pytest.approx(0.25 + 0.75 * 0.2775, abs=1e-4)  # 0 of 10, of the 30 others
     assert found["wrong_frac"][0] == 0.0 and found["unsound_frac"][0] == 0.25
     whole = make_audit(folder, num=40)
     marks = {item["id"]: "unsound" if item["stratum"] == "sums: suspicious" else "sound" for item in whole["items"]}

@@ -70,7 +70,7 @@ def test_a_model_on_two_sets_keeps_every_answer_and_what_it_depends_on(here, sin
     assert {"pass@1", "pass@2", "pass@3", "pass@4", "maj@4", "truncated_frac", "pass@1/size=3"} <= figures.keys()
     assert figures["num_problems"] == 7 and found["few"]["figures"]["num_problems"] == 2
     low, high = found["words"]["intervals"]["pass@1"]
-    assert 0 <= low <= figures["pass@1"] <= high <= 1
+    assert 0 <= low <= figures["pass@1"] == figures["mean@4"] <= high <= 1
     lines = read_answers(tmp_path / "out")
     assert [line["key"] for line in lines if line["set"] == "few"] == [line["key"] for line in lines[:2]]
     words = [line for line in lines if line["set"] == "words"]
@@ -105,6 +105,22 @@ def test_a_finished_folder_asks_no_model(here, single_rank, tmp_path, monkeypatc
     assert evaluate(single_rank, ["few.yaml"], tmp_path) == whole
 
 
+def test_two_evaluations_are_compared_problem_by_problem(here, single_rank, tmp_path):
+    """The same model against itself differs by nothing; sets and numbers of answers must fit."""
+    evaluate(single_rank, ["words.yaml"], tmp_path / "a")
+    recipes = recipes_of("model", ["words.yaml"], [*HF, "seed=1"], asked={"n": 4})
+    found = evaluate_sets(recipes, single_rank, out=tmp_path / "b", against=tmp_path / "a")["words"]["against"]
+    first, second = ({line["key"]: line["row"] for line in read_answers(tmp_path / name)} for name in "ab")
+    each = [(second[key]["correct"] - first[key]["correct"]) / 4 for key in first]
+    mean, low, high = found["difference"]["pass@1"]
+    assert found["problems"] == 7 and mean == pytest.approx(np.mean(each)) and low <= mean <= high
+    same = evaluate_sets(recipes, single_rank, out=tmp_path / "b", against=tmp_path / "b")["words"]["against"]
+    assert set(map(tuple, same["difference"].values())) == {(0.0, 0.0, 0.0)}
+    for sets, n, message in ((["few.yaml"], 4, "none to few"), (["words.yaml"], 2, "give the same -n")):
+        with pytest.raises(RunError, match=message):
+            evaluate_sets(recipes_of("model", sets, HF, asked={"n": n}), single_rank, out=None, against=tmp_path / "a")
+
+
 def on_ranks(world, folder, out):
     import os
 
@@ -124,7 +140,8 @@ def test_two_ranks_answer_as_one(here, single_rank, tmp_path):
 def test_vllm_reads_the_weights_itself_and_answers_like_the_reference(here, single_rank, tmp_path):
     """By the log-probs of the model, most frequent first letters agree; request seeds make it repeatable."""
     small = ["generator.kv_cache_gib=0.25", "generator.max_num_seqs=16", "model.dtype=float32", "model.context=32"]
-    recipes = recipes_of("model", ["words.yaml"], [*small, "model.head_dtype=null"], asked={"n": 64})
+    small += ["generator.options.max_num_batched_tokens=32"]  # less than the prompts of 16 answers
+    recipes = recipes_of("model", ["words.yaml"], small, asked={"n": 64})
     with vllm_sized_model(here):
         vllm = evaluate_sets(recipes, single_rank, out=tmp_path / "vllm")
         again = evaluate_sets(recipes, single_rank, out=tmp_path / "again")

@@ -71,6 +71,16 @@ def learn(engine, rollouts):
     update(engine, batch, loss_of, Metrics(engine.world))
 
 
+def test_a_request_is_told_of_when_its_answers_have_ended_and_with_these_very_answers(single_rank):
+    engine = make_engine(single_rank, tiny_policy())
+    generator = HfGenerator(Recipe(), make_renderer(), make_canary(), single_rank)
+    told = []
+    with generator.awake(engine, 0):
+        rollouts = generator.generate(REQUESTS, SAMPLING, told.append)
+    assert [len(group) for group in told] == [5, 4]
+    assert [id(one) for group in told for one in group] == [*map(id, rollouts)]
+
+
 # The canary.
 
 
@@ -255,8 +265,11 @@ def run_vllm(world, tie):
 
 
 def use_vllm(generator, engine):
+    dice = torch.get_rng_state()
     with generator.awake(engine, 0):
-        result = sample_vllm(generator)
+        generator.generate(REQUESTS, SAMPLING)
+        own_dice = torch.equal(dice, torch.get_rng_state())
+        result = {"own_dice": own_dice} | sample_vllm(generator)
     result |= {"furthest": [], "canary": [], "bytes": [], "versions": []}
     for version in range(3):
         with generator.awake(engine, version):
@@ -283,11 +296,14 @@ def sample_vllm(generator):
         return [rollout.token_ids for rollout in generator.generate(requests, replace(SAMPLING, **changes))]
 
     many = [replace(request, n=16) for request in REQUESTS]
-    rollouts = generator.generate(many, SAMPLING)
+    told = []
+    rollouts = generator.generate(many, SAMPLING, told.append)
     torch.rand(3)
     result = {
         "rollouts": [rollout_as_json(rollout) for rollout in rollouts],
         "call_seed_repeats": ids(many) == [rollout.token_ids for rollout in rollouts],
+        "told_whole": sorted(id(one) for group in told for one in group) == sorted(map(id, rollouts)),
+        "told_sizes": [len(group) for group in told],
         "nothing": generator.generate([], SAMPLING),
         "greedy_logp": [one.behavior_logp for one in generator.generate(REQUESTS, replace(SAMPLING, top_k=1))],
     }
@@ -308,6 +324,11 @@ def rollout_as_json(rollout):
 def vllm(request):
     [result] = run_ranks(run_vllm, num_ranks=1, tie=request.param)
     return result
+
+
+@pytest.mark.slow
+def test_vllm_tells_of_a_request_when_its_answers_have_ended(vllm):
+    assert vllm["told_whole"] and vllm["told_sizes"] == [16, 16]
 
 
 @pytest.mark.slow
@@ -341,6 +362,12 @@ def test_vllm_gives_n_rollouts_a_request_in_order(vllm):
 @pytest.mark.slow
 def test_vllm_seeds_reproduce(vllm):
     assert vllm["call_seed_repeats"] and vllm["request_seed_is_its_own"] and vllm["samples_differ"]
+
+
+@pytest.mark.slow
+def test_vllm_draws_nothing_of_what_the_trainer_draws(vllm):
+    """Else a run that goes on, and scores its canary once more, would have other dice from there on."""
+    assert vllm["own_dice"]
 
 
 @pytest.mark.slow

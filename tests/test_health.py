@@ -1,4 +1,8 @@
+import pytest
+from lab import make_lab, train_here
+
 from rlpost.cluster_recipe import Failure
+from rlpost.errors import RunError
 from rlpost.health import Health
 
 FULL = {"groups/trained": 4.0}
@@ -34,3 +38,15 @@ def test_a_step_that_never_fills_is_told_once():
     said = [health.see(i, FULL | {"groups/missing": n}, skipped_in_a_row=0) for i, n in enumerate([0, 3, 2, 0, 1])]
     assert [one is not None for one in said] == [False, True, False, False, True]
     assert said[1] == "step 2: 3 groups were missing after the last wave (algorithm.groups.max_waves)"
+
+
+def test_where_nothing_can_be_judged_evaluations_say_so_and_the_run_ends_as_the_recipe_says(
+    single_rank, tmp_path, capsys
+):
+    held_out = (
+        "tasks.eval={path: 'rlpost.testbed:chain_sums', config: {split: eval, size: 2, min_terms: 2, max_terms: 3}}"
+    )
+    asked = ["sft=null", "rewards=[{use: 'mylab.rewards:nothing'}]", "failure.empty_steps=2", "evaluation.every=1"]
+    with pytest.raises(RunError, match=r"failure\.empty_steps"):
+        train_here(make_lab(tmp_path), single_rank, "unjudged", *asked, held_out)
+    assert "evaluation after 1 steps: no answer could be judged on 2 problems" in capsys.readouterr().out

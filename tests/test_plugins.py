@@ -18,7 +18,9 @@ def test_resolve_finds_shipped_function_and_class_by_file_name():
 
 
 def test_resolve_suggests_the_nearest_name_and_lists_what_there_is():
-    with pytest.raises(RunError, match=r"no `boxd_answer`, did you mean `boxed_answer`\? \(it has boxed_answer, exact"):
+    with pytest.raises(
+        RunError, match=r"no `boxd_answer`, did you mean `boxed_answer`\? \(it has boxed_answer, choice"
+    ):
         resolve("boxd_answer", "rewards")
 
 

@@ -1,4 +1,6 @@
+import base64
 import json
+from array import array
 
 from rlpost.samples import Samples, best_and_worst, prompt_text, render, sample
 from rlpost.types import Group, Rollout, Task
@@ -50,6 +52,7 @@ def test_written_sample_says_what_a_reader_needs(tmp_path):
         "parts": {"exact": 1.0},
         "finish_reason": "stop",
         "num_tokens": 3,
+        "token_ids": base64.b64encode(array("I", [7, 8, 1]).tobytes()).decode(),
     }
 
 

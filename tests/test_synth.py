@@ -12,6 +12,7 @@ from lab import ROOT
 from synth_lab import rows_of, write_recipe
 
 from rlpost.__main__ import BAD_RECIPE, FAILED, main
+from rlpost.report.funnels import funnel_of_file
 from rlpost.synth.store import Part, is_done, read
 from rlpost.testbed import correct_chain
 
@@ -60,6 +61,8 @@ def test_what_comes_through_is_well_posed_right_and_said_of_by_a_funnel(made):
     assert found[-1]["out"] == len(kept)
     for one in found:
         assert one["in"] == one["out"] + sum(one["reasons"].values())
+    [shown] = funnel_of_file(made / "runs/lab")
+    assert shown["stages"][0] == ["sample", 200] and shown["stages"][-1] == ["problems", len(kept)]
     assert (synth / "funnel.png").stat().st_size > 1000
 
 

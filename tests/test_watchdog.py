@@ -132,7 +132,7 @@ def lab_with_accidents(folder: Path) -> Path:
 
 def two_ranks(lab: Path, name: str, accident: str, *overrides: str):
     own = ["generator.kind=hf", "engine.zero_stage=3", "sft=null", "tasks.eval=null", "steps=3", "save_every=0"]
-    own += ["rewards=[{use: 'mylab.rewards:brevity', target: 24}, {use: 'mylab.accidents:happens'}]", "resume=auto"]
+    own += ["rewards=[{use: exact_chain}, {use: 'mylab.accidents:happens', isolate: false}]", "resume=auto"]
     named = [f"run_dir={lab / 'runs'}", f"name={name}"]
     return started([*TWO_RANKS, str(lab / "tiny.yaml"), *named, *own, *overrides], lab, ACCIDENT=accident)
 

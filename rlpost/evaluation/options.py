@@ -23,7 +23,9 @@ def add_eval(
     command.add_argument("--limit", type=int, metavar="N", help="only the first N problems of each set")
     what = "try problems that few answers solve on, up to MAX times: an unbiased pass rate of rare successes"
     command.add_argument("--passuntil", type=int, metavar="MAX", help=what)
-    what = "where result.json and answers.jsonl go (default: runs/evaluations/MODEL; for a recipe: nowhere)"
+    what = "what another evaluation wrote (--out): differences on the problems that both have, with intervals"
+    command.add_argument("--against", type=Path, metavar="DIR", help=what)
+    what = "where result.json and answers.jsonl go (default: below runs/evaluations; for a recipe: nowhere)"
     command.add_argument("--out", type=Path, metavar="DIR", help=what)
     command.set_defaults(run=run)
 
@@ -56,7 +58,8 @@ def asked_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def out_of(options: argparse.Namespace, *, recipe: bool) -> Path | None:
-    """The folder to write to."""
+    """The folder to write to: `runs/gsm8k/model` goes to `runs/evaluations/gsm8k-model`."""
     if options.out is not None or (recipe and not options.tasks):
         return options.out
-    return Path("runs/evaluations") / Path(options.target).name.removesuffix(".gguf")
+    parts = [part for part in Path(options.target).parts[-2:] if part not in ("/", "..", "~")]
+    return Path("runs/evaluations") / "-".join(parts).removesuffix(".gguf").removesuffix(".yaml")

@@ -14,7 +14,7 @@ TIMES, OVER = "*x\u00d7", "/\u00f7"
 SIGN = rf"[-+{TIMES}{OVER}]"
 EQUATION = re.compile(rf"(?<![\w.,*/+=-])\s*({NUM}(?:\s*{SIGN}\s*{NUM})+)\s*=\s*({NUM})(?![\d.]*\s*(?:{SIGN}|%))")
 """Products, quotients, sums and differences of plain numbers, and what they are said to be."""
-CLAIM = re.compile(rf"(?:####|\\boxed\{{|answer is:?)\s*({NUM})", re.IGNORECASE)
+CLAIM = re.compile(rf"(?:####|\\boxed\{{|answer is:?)\s*({NUM})(?![\d.,]*\s*(?:{SIGN}|=))", re.IGNORECASE)
 ROUNDED = Decimal("0.01")
 """Of what a result may be off where it was rounded."""
 

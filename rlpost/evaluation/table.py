@@ -20,10 +20,25 @@ def print_table(sets: Mapping[str, Mapping[str, Any]], console: Console | None =
     table = Table("figure", title="evaluation, 95 % over problems")
     for name in sets:
         table.add_column(Text(name), justify="right")
-    names = dict.fromkeys(name for one in sets.values() for name in one["figures"] if name not in LEFT_OUT)
+    every = dict.fromkeys(name for one in sets.values() for name in one["figures"])
+    names = [name for name in every if name not in LEFT_OUT and not name.startswith("mean@")]
     for name in sorted(names, key=lambda name: name in COUNTS):
         cells = [Text(cell(name, one)) for one in sets.values()]
         table.add_row(Text("pass@1 (mean@n)" if name == "pass@1" else name), *cells)
+    (console or Console(stderr=True)).print(table)
+
+
+def print_differences(sets: Mapping[str, Mapping[str, Any]], other: str, console: Console | None = None) -> None:
+    """What each figure is more, or less, than in another evaluation of the same problems."""
+    table = Table("figure", title=f"less {other}, problem by problem, 95 %")
+    for name in sets:
+        table.add_column(Text(f"{name} ({sets[name]['against']['problems']} problems)"), justify="right")
+    names = dict.fromkeys(name for one in sets.values() for name in one["against"]["difference"])
+    for name in names:
+        cells = [one["against"]["difference"].get(name) for one in sets.values()]
+        digits = 3 if is_share(name) else 1
+        said = ["-" if c is None else f"{c[0]:+.{digits}f} [{c[1]:+.{digits}f}, {c[2]:+.{digits}f}]" for c in cells]
+        table.add_row(Text(name), *map(Text, said))
     (console or Console(stderr=True)).print(table)
 
 

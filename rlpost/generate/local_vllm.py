@@ -10,7 +10,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,10 +67,14 @@ class LocalVllm:
             if whole is not None:
                 whole(made[place])
 
-        with torch.random.fork_rng(devices=[self.world.device] if self.world.device.type == "cuda" else []):
+        with self._own_dice():
             torch.manual_seed(_call_seed(requests))
             self._answers(prompts, params, ended)
         return [rollout for place in range(len(requests)) for rollout in made[place]]
+
+    def _own_dice(self) -> AbstractContextManager[None]:
+        """What vLLM draws changes nothing of what the trainer draws: a run that goes on scores its canary once more."""
+        return torch.random.fork_rng(devices=[self.world.device] if self.world.device.type == "cuda" else [])
 
     def _answers(self, prompts: list[Any], params: list[Any], ended: Callable[[Any], None]) -> None:
         """One vLLM call; between the steps of its engine this rank looks whether it has been asked to leave."""
@@ -138,7 +142,8 @@ class LocalVllm:
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
-        [answer] = self.llm.generate([{"prompt_token_ids": list(token_ids)}], params, use_tqdm=False)
+        with self._own_dice():
+            [answer] = self.llm.generate([{"prompt_token_ids": list(token_ids)}], params, use_tqdm=False)
         return [table[token].logprob for token, table in zip(token_ids[1:], answer.prompt_logprobs[1:], strict=True)]
 
 
@@ -193,14 +198,18 @@ def _repack_head(worker: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def start(recipe: Recipe, folder: Path, context: int, world: World, *, weights: str = "dummy") -> Any:
-    """A `vllm.LLM`, with the trainer's weights to come (`dummy`) or those of the folder (`auto`)."""
+def _set_environment(*, on_cpu: bool) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    on_cpu = world.device.type == "cpu"
     if on_cpu:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling costs more than it gains on a CPU
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer shares these cores
+
+
+def start(recipe: Recipe, folder: Path, context: int, world: World, *, weights: str = "dummy") -> Any:
+    """A `vllm.LLM`, with the trainer's weights to come (`dummy`) or those of the folder (`auto`)."""
+    on_cpu = world.device.type == "cpu"
+    _set_environment(on_cpu=on_cpu)
     from vllm import LLM
 
     features = probe()
@@ -217,8 +226,7 @@ def start(recipe: Recipe, folder: Path, context: int, world: World, *, weights: 
         "use_tqdm_on_load": False,
         "max_model_len": context,
         "max_num_seqs": recipe.generator.max_num_seqs,
-        # In parts, vLLM would rewind the dice of a seeded request, which a CPU's cannot be.
-        "enable_chunked_prefill": False if on_cpu and recipe.generator.seeding == "request" else None,
+        "enable_chunked_prefill": _in_chunks(recipe.generator, on_cpu=on_cpu),
         "kv_cache_memory_bytes": int(recipe.generator.kv_cache_gib * 2**30) if on_cpu else None,
         "block_size": CPU_BLOCK if on_cpu else None,
         "gpu_memory_utilization": recipe.generator.memory_frac,
@@ -235,6 +243,14 @@ def start(recipe: Recipe, folder: Path, context: int, world: World, *, weights: 
         return LLM(**(arguments | recipe.generator.options))
     except (ValueError, RuntimeError, MemoryError) as error:
         raise RunError(_start_failed(error, recipe.generator, on_cpu=on_cpu)) from error
+
+
+def _in_chunks(recipe: GeneratorRecipe, *, on_cpu: bool) -> bool | None:
+    """Whether prompts are worked through in chunks; None: as vLLM likes.
+
+    Of a seeded request vLLM rewinds the dice after each chunk but the last, which it cannot do on a CPU (0.32).
+    """
+    return False if on_cpu and recipe.seeding == "request" else None
 
 
 def _start_failed(error: Exception, recipe: GeneratorRecipe, *, on_cpu: bool) -> str:

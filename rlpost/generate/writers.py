@@ -82,11 +82,11 @@ class FrozenVllm:
     def __init__(self, recipe: Recipe, folder: Path, renderer: Renderer, world: World) -> None:
         from rlpost.generate.local_vllm import start
 
-        options = {"load_format": "auto", "logprobs_mode": "raw_logprobs"} | recipe.generator.options
-        generator = replace(recipe.generator, options=options, sleep_level=0)
+        options = {"logprobs_mode": "raw_logprobs"} | recipe.generator.options
+        generator = replace(recipe.generator, options=options, sleep_level=0, seeding="request")
         self.renderer = renderer
         self.window = AHEAD * generator.max_num_seqs
-        self.llm = start(replace(recipe, generator=generator), folder, renderer.context, world)
+        self.llm = start(replace(recipe, generator=generator), folder, renderer.context, world, weights="auto")
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

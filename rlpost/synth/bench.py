@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,5 +93,17 @@ def recipe_of(model: str, recipe: Recipe) -> Recipe:
 def shape_of(model: str, recipe: Recipe) -> str:
     """What tells one model from another, without loading it."""
     found = recipe_of(model, recipe)
-    sft: Any = None if found.sft is None else asdict(found.sft)
-    return digest([asdict(found.model), sft, found.seed])
+    return digest([departures(found.model), departures(found.sft), found.seed])
+
+
+def departures(section: Any) -> Any:
+    """A section of a recipe as plain values, without what stands at its default: a field that is new changes nothing.
+
+    >>> departures(Prompting(suffix="?"))
+    {'suffix': '?'}
+    """
+    if not is_dataclass(section) or isinstance(section, type):
+        return section
+    plain = type(section)()
+    pairs = [(field.name, getattr(section, field.name), getattr(plain, field.name)) for field in fields(section)]
+    return {name: departures(value) for name, value, default in pairs if value != default}

@@ -16,7 +16,7 @@ from typing import Any
 from rlpost.errors import RunError
 from rlpost.plugins import USER_CODE_ERRORS, bind, user_error
 from rlpost.recipe import Recipe
-from rlpost.synth.bench import Bench, shape_of
+from rlpost.synth.bench import Bench, departures, shape_of
 from rlpost.synth.rows import Row
 from rlpost.synth.store import Part, check_head, digest, head_of, is_done, read
 
@@ -106,9 +106,7 @@ def head(stage: Stage, stages: Sequence[Stage], recipe: Recipe, folder: Path) ->
     model = stage.plugin.get("model")
     made: dict[str, Any] = {"stage": stage.name, "settings": dict(stage.plugin), "seed": recipe.seed}
     if before is None:
-        from dataclasses import asdict
-
-        made["tasks"] = asdict(recipe.tasks)
+        made["tasks"] = departures(recipe.tasks)
     else:
         made["after"] = digest(head_of(folder / before.name))
     if stage.uses_model and "endpoint" not in stage.plugin:

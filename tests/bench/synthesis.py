@@ -29,12 +29,11 @@ from tests.bench.curricula import interval
 
 RECIPE = "recipes/scalediff_testbed.yaml"
 PROBLEM = re.compile(r"\d([+-]\d)+=")
-DIFFICULT = 0.7
+DIFFICULT = 0.85
 """As `synth.identify.at_least` of the recipe: 1 - pass rate of the base."""
 ORIGINALS = [
     "synth.identify={use: 'tests.bench.synthesis:everything'}",
     "synth.train={use: 'tests.bench.synthesis:nothing'}",
-    "synth.sample={use: 'tests.bench.synthesis:originals', number: 640}",
     "synth.screen=[]",
     "synth.filters=[{use: solution_rules}, {use: agreement, at_least: 0.6}]",
 ]
@@ -52,6 +51,7 @@ def main() -> None:
     """Run what is not there yet, print tables, write `synthesis.json` and `.md`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[71, 72, 73, 74, 75])
+    parser.add_argument("--originals", type=int, default=3000, help="tasks that the teacher solves, at most all")
     parser.add_argument("--sft-steps", type=int, default=200)
     parser.add_argument("--steps", type=int, default=40, help="of GRPO")
     parser.add_argument("--side-by-side", type=int, default=2)
@@ -75,7 +75,8 @@ def one_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     shared = [*options.overrides, f"seed={seed}", f"run_dir={options.out}"]
     made = options.out / f"synth-{seed}"
     runs.rlpost("synth", RECIPE, [*shared, f"name={made.name}"], threads=1)
-    runs.rlpost("synth", RECIPE, [*shared, f"name=originals-{seed}", *ORIGINALS], threads=1)
+    taken = f"synth.sample={{use: 'tests.bench.synthesis:originals', number: {options.originals}}}"
+    runs.rlpost("synth", RECIPE, [*shared, f"name=originals-{seed}", *ORIGINALS, taken], threads=1)
     base = runs.base_model(RECIPE, options.out, [*options.overrides, f"seed={seed}"], threads=1)
     result = {"seed": seed, "truth": truth(made / "synth", options.out / f"truth-{seed}.jsonl", base, shared)}
     sets = data_sets(made / "synth", options.out / f"originals-{seed}" / "synth", seed)
@@ -83,7 +84,7 @@ def one_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     result["before"] = evaluated(base, shared)
     result["after"] = {name: supervised(name, rows, base, options, shared) for name, rows in sets.items()}
     for name, overrides in RL_ARMS.items():
-        result["after"][name] = reinforced(name, [*overrides, *shared], made, options)
+        result["after"][name] = reinforced(name, [*shared, *overrides], made, options)
     done.write_text(json.dumps(result, indent=2) + "\n")
     return result
 

@@ -27,18 +27,17 @@ class NearDuplicates:
         sources: bool = True,
     ) -> None:
         """`held_out`: further sources, as under `tasks.eval`; `sources: false` leaves near copies of seeds in."""
-        self.own = NearIndex(threshold=threshold, shingle=shingle)
-        self.held: list[tuple[str, NearIndex, list[str]]] = []
+        self.index = NearIndex(threshold=threshold, shingle=shingle)
+        self.places: list[tuple[str, str]] = []
+        """Of each text of the index: the set that it is of, and its key."""
         train, evaluation = load_task_sets(bench.recipe)
         sets = [("tasks.eval", evaluation), *(_further(one, i) for i, one in enumerate(held_out or []))]
         if sources:
             sets.append(("tasks.train", train))
         for name, tasks in sets:
-            index = NearIndex(threshold=threshold, shingle=shingle)
             for task in tasks:
-                index.add(text_of(task))
-            self.held.append((name, index, [task.key for task in tasks]))
-        self.ids: list[str] = []
+                self.index.add(text_of(task))
+                self.places.append((name, task.key))
 
     def seen(self, row: Row) -> None:
         """Judge again what was judged before the command was interrupted: what stayed then is to be known now."""
@@ -50,13 +49,12 @@ class NearDuplicates:
             yield {"id": row["id"], **self._verdict(row)}
 
     def _verdict(self, row: Row) -> dict[str, Any]:
-        for name, index, keys in self.held:
-            if (found := index.find(row["prompt"])) is not None:
-                return {"reason": f"near {name}", "near": keys[found[0]], "similarity": round(found[1], 3)}
-        if (found := self.own.find_or_add(row["prompt"])) is not None:
-            return {"reason": "near another", "near": self.ids[found[0]], "similarity": round(found[1], 3)}
-        self.ids.append(row["id"])
-        return {"reason": None}
+        found = self.index.find_or_add(row["prompt"])
+        if found is None:
+            self.places.append(("another", row["id"]))
+            return {"reason": None}
+        name, key = self.places[found[0]]
+        return {"reason": f"near {name}", "near": key, "similarity": round(found[1], 3)}
 
 
 def text_of(task: Task) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
+from collections.abc import Sequence
 
 from rlpost.synth.rows import Row
+
+REACH = 20
+"""Words of the longest run whose copies are looked for."""
 
 
 def rules(
@@ -43,20 +46,36 @@ def is_stuck(text: str, times: int) -> bool:
     >>> is_stuck("so we get so we get so we get so we get so we get", 5), is_stuck("7-0+6-3=", 5)
     (True, False)
     """
-    longest, run = 0, 0
-    for before, after in pairwise(text):
-        run = run + 1 if before == after else 0
-        longest = max(longest, run + 1)
-    if longest >= 10 * times:
+    if re.search(rf"(.)\1{{{10 * times - 1},}}", text, re.DOTALL):
         return True
     words = text.split()
-    for size in range(1, min(20, len(words) // times) + 1):
+    if longest_echo(words) < times - 1:  # most texts end here; the rest looks at every length of a run
+        return False
+    for size in range(1, min(REACH, len(words) // times) + 1):
         same = 0
         for i in range(size, len(words)):
             same = same + 1 if words[i] == words[i - size] else 0
             if same >= size * (times - 1):
                 return True
     return False
+
+
+def longest_echo(words: Sequence[str]) -> int:
+    """The longest stretch in which every word stood among the `REACH` words before it: a run repeated is one.
+
+    >>> longest_echo("a b a b a b".split()), longest_echo("a b c d".split())
+    (4, 0)
+    """
+    last: dict[str, int] = {}
+    longest = stretch = 0
+    for i, word in enumerate(words):
+        if i - last.get(word, -REACH - 1) > REACH:
+            stretch = 0
+        else:
+            stretch += 1
+            longest = max(longest, stretch)
+        last[word] = i
+    return longest
 
 
 def is_written_in(text: str, script: str) -> bool:
