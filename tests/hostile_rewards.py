@@ -54,6 +54,7 @@ def fail(mark: str) -> None:
 COMMANDS: dict[str, Callable[[str], object]] = {
     **{one.__name__: one for one in (sleep, sleep_and_catch_all, block, allocate, leave_a_child, fail)},
     "leave_a_child_and_hang": leave_a_child_and_hang,
+    "slow": lambda mark: time.sleep(0.8),
     "exit": lambda mark: sys.exit(3),
     "die": lambda mark: os._exit(3),
     "segfault": lambda mark: os.kill(os.getpid(), signal.SIGSEGV),

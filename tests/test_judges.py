@@ -75,6 +75,16 @@ def test_a_hostile_rollout_costs_its_own_verdict_and_no_other(judged):
     assert time.monotonic() - started < 200
 
 
+def test_a_clock_that_jumps_ahead_costs_no_verdict(judged, monkeypatch):
+    rewards = judged(OBEYS)
+    rewards.score([group("right", "right")])  # the processes are there
+    real, started = time.time, time.monotonic()
+    monkeypatch.setattr(time, "time", lambda: real() + 86400 * (0.3 < time.monotonic() - started < 3))
+    one = group("slow", "right")
+    assert rewards.score([one]) == {"obeys": 0}
+    assert "timeout" not in endings(one)
+
+
 def test_what_failed_says_where(judged):
     one = group("sleep", "fail", "segfault")
     judged(OBEYS).score([one])
