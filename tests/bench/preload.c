@@ -6,6 +6,7 @@ of 64 KiB or an fsync takes below FOLDER. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <limits.h>
+#include <semaphore.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -77,4 +78,14 @@ time_t time(time_t *out) {
     clock_gettime(CLOCK_REALTIME, &exact);
     if (out) *out = exact.tv_sec;
     return exact.tv_sec;
+}
+
+/* Deadlines by the clock of the day are given in a time that the kernel does not know of. */
+int sem_timedwait(sem_t *restrict sem, const struct timespec *restrict deadline) {
+    static int (*plain)(sem_t *, const struct timespec *);
+    if (!plain) plain = (int (*)(sem_t *, const struct timespec *))dlsym(RTLD_NEXT, "sem_timedwait");
+    double ahead, slow;
+    orders(&ahead, &slow);
+    struct timespec own = {deadline->tv_sec - (time_t)ahead, deadline->tv_nsec};
+    return plain(sem, &own);
 }
