@@ -7,10 +7,8 @@ Each task is a line of JSON, written as soon as it is there: a command that was 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -72,26 +70,15 @@ def ask_endpoint(
     url: str, model: str, *, at_once: int = 16, temperature: float = TEMPERATURE, tokens: int = TOKENS
 ) -> Ask:
     """Replies of a chat model behind an OpenAI-compatible endpoint; its key, if it wants one, is in OPENAI_API_KEY."""
-    import openai
+    from rlpost.generate import writers
 
-    client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=300.0)
-
-    def one(task: Task) -> str:
-        messages: Any = [{"role": "user", "content": task.prompt}]
-        try:
-            answer = client.chat.completions.create(
-                model=model, messages=messages, temperature=temperature, max_tokens=tokens
-            )
-        except openai.OpenAIError as error:
-            raise RunError(
-                f"--endpoint {url} must answer chat requests for --model {model} ({error}): what is written so far "
-                "stays, and the same command goes on with the rest"
-            ) from error
-        return answer.choices[0].message.content or ""
+    sampling = Sampling(max_new_tokens=tokens, temperature=temperature)
 
     def ask(tasks: Sequence[Task]) -> list[str]:
-        with ThreadPoolExecutor(at_once) as pool:
-            return list(pool.map(one, tasks))
+        asks = [writers.Ask(str(place), task) for place, task in enumerate(tasks)]
+        with closing(writers.Endpoint(url, model, at_once=at_once, timeout_s=300.0)) as endpoint:
+            found = {one.id: written[0].text for one, written in endpoint.stream(asks, sampling)}
+        return [found[one.id] for one in asks]
 
     return ask
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 
 import pytest
+from chat_server import chat, question, server
 
 from rlpost.__main__ import FAILED, main
 from rlpost.errors import RunError
@@ -121,36 +120,15 @@ def test_marks_must_be_of_this_sample(folder):
         read_marks(file, audit)
 
 
-class Judge(BaseHTTPRequestHandler):
-    """A chat model that calls unsound what has a false step, and wraps its verdict in words."""
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = asked["messages"][0]["content"]
-        verdict = "unsound" if "2 + 2 = 5" in text else "sound"
-        reply = {"role": "assistant", "content": f"VERDICT: sound?\nHm. VERDICT: **{verdict}**"}
-        choice = {"index": 0, "message": reply, "finish_reason": "stop"}
-        said = {"id": "1", "object": "chat.completion", "created": 0, "model": asked["model"], "choices": [choice]}
-        body = json.dumps(said).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
+def judge(path, body, number):
+    """Calls unsound what has a false step, and wraps its verdict in words."""
+    verdict = "unsound" if "2 + 2 = 5" in question(body) else "sound"
+    return chat(f"VERDICT: sound?\nHm. VERDICT: **{verdict}**")
 
 
 def test_a_model_marks_and_a_person_reads_the_rates(folder, capsys):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        url = f"http://127.0.0.1:{server.server_port}/v1"
-        assert main(["audit", str(folder), "--num", "20", "--endpoint", url, "--model", "org/judge"]) == 0
-    finally:
-        server.shutdown()
-        server.server_close()
+    with server(judge) as (url, _):
+        assert main(["audit", str(folder), "--num", "20", "--endpoint", f"{url}/v1", "--model", "org/judge"]) == 0
     said = capsys.readouterr().out
     assert json.loads(said[said.index("{") :])["sums"]["unsound_frac"][0] == 0.25
     rows = [json.loads(line) for line in (folder / "marks-org-judge.jsonl").read_text().splitlines()]

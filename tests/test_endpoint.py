@@ -1,12 +1,7 @@
 """Rewards that ask a server: an OpenAI-compatible one, in this process."""
 
-import json
-import threading
-import time
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
+from chat_server import chat, server
 from test_judges import group
 
 from rlpost.cluster_recipe import Failure
@@ -16,40 +11,10 @@ from rlpost.reward_recipe import bind_rewards
 FAST = Failure(reward_s=20.0, reward_workers=1)
 
 
-@contextmanager
-def server(answer):
-    """Serve `answer(path, body, number of the request) -> (status, json, headers)`; yields its address and the log."""
-    log = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            log.append((time.monotonic(), body, self.headers.get("Authorization")))
-            status, found, headers = answer(self.path, body, len(log))
-            data = json.dumps(found).encode()
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(data)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *arguments):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}", log
-        httpd.shutdown()
-
-
-def said(text):
-    return 200, {"choices": [{"message": {"content": text}}]}, {}
-
-
 def by_answer(path, body, number):
     """Right where the student says so; a judge that says nothing where it says `odd`."""
     student = body["messages"][0]["content"].partition("<student>")[2].partition("</student>")[0]
-    return said("Hm." if "odd" in student else f"It says {student.strip()}\nGrade: {float('right' in student):g}")
+    return chat("Hm." if "odd" in student else f"It says {student.strip()}\nGrade: {float('right' in student):g}")
 
 
 def judged(url, *texts, limits=FAST, **options):

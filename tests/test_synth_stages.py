@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 
 import pytest
+from chat_server import chat, question, server
 from test_readme import README, blocks
 
 from rlpost.errors import RunError
@@ -182,36 +181,17 @@ def test_the_stage_of_the_readme_is_a_stage():
     assert [row["difficult"] for row in names["by_length"](rows, None, at_least=5)] == [True, False]
 
 
-class Chat(BaseHTTPRequestHandler):
-    """A server of a reasoning model: as many answers as were asked for."""
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        word = asked["messages"][0]["content"]
-        if word == "broken":
-            self.send_error(400, "no")
-            return
-        said = {"role": "assistant", "content": f"{word} \\boxed{{{asked['seed']}}}", "reasoning_content": "hm"}
-        choices = [{"index": i, "finish_reason": "stop", "message": said} for i in range(asked["n"])]
-        body = {"id": "1", "object": "chat.completion", "created": 0, "model": asked["model"], "choices": choices}
-        data = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
+def reason(path, body, number):
+    """A reasoning model: as many answers as were asked for."""
+    if question(body) == "broken":
+        return 400, {}, {}
+    return chat(*[f"{question(body)} \\boxed{{{body['seed']}}}"] * body["n"], reasoning_content="hm")
 
 
 @pytest.fixture
 def served():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Chat)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
+    with server(reason) as (url, _):
+        yield f"{url}/v1"
 
 
 def test_an_endpoint_answers_in_any_order_and_a_failure_names_it(served):

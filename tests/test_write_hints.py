@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 
 import pytest
+from chat_server import chat, question, server
 from groups import TASK
 from lab import ROOT
 
@@ -54,37 +53,12 @@ def test_a_command_that_was_interrupted_goes_on_with_the_rest(tmp_path):
     assert write_hints(TASKS, writer, file, levels=1, chunk=8) == 0
 
 
-class Chat(BaseHTTPRequestHandler):
-    """A server that answers chat requests with the last word of the question, or not at all."""
-
-    broken = False
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.broken:
-            self.send_error(404, "no such model")
-            return
-        word = asked["messages"][0]["content"].split()[-1]
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": word}}
-        whole = {"id": "1", "object": "chat.completion", "created": 0, "model": asked["model"], "choices": [choice]}
-        body = json.dumps(whole).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
+def last_word(path, body, number):
+    return chat(question(body).split()[-1])
 
 
-@pytest.fixture
-def endpoint():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Chat)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
+def no_model(path, body, number):
+    return 404, {}, {}
 
 
 def command(tmp_path, *more):
@@ -92,16 +66,17 @@ def command(tmp_path, *more):
     return main(["hints", "recipes/quickstart.yaml", config, *more, "--out", str(tmp_path / "hints.jsonl")])
 
 
-def test_hints_come_from_an_endpoint(endpoint, tmp_path, monkeypatch, capsys):
+def test_hints_come_from_an_endpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    assert command(tmp_path, "--endpoint", endpoint, "--model", "any", "--levels", "1") == 0
+    with server(last_word) as (url, _):
+        assert command(tmp_path, "--endpoint", f"{url}/v1", "--model", "any", "--levels", "1") == 0
     assert list(read_hints(tmp_path / "hints.jsonl").values()) == [["alone."]] * 3
     assert "(3 tasks are new)" in capsys.readouterr().out
-    monkeypatch.setattr(Chat, "broken", True)
     (tmp_path / "hints.jsonl").unlink()
-    assert command(tmp_path, "--endpoint", endpoint, "--model", "any") == FAILED
-    assert f"--endpoint {endpoint} must answer chat requests" in capsys.readouterr().err
-    assert command(tmp_path, "--endpoint", endpoint) == FAILED
+    with server(no_model) as (url, _):
+        assert command(tmp_path, "--endpoint", f"{url}/v1", "--model", "any") == FAILED
+    assert f"the endpoint {url}/v1 must answer chat requests for any" in capsys.readouterr().err
+    assert command(tmp_path, "--endpoint", url) == FAILED
 
 
 @pytest.mark.slow

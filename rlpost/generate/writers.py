@@ -189,7 +189,7 @@ class Endpoint:
             )
         except openai.OpenAIError as error:
             raise RunError(
-                f"synth: the endpoint {self.url} must answer chat requests for {self.model} ({error}): what is written "
+                f"the endpoint {self.url} must answer chat requests for {self.model} ({error}): what is written "
                 "so far stays, and the same command goes on with the rest"
             ) from error
         return [_said(choice) for choice in answer.choices]
