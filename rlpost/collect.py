@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +9,9 @@ from typing import TypeVar
 
 from rlpost.algorithm_recipe import Interruption
 from rlpost.generate.base import Generator, Whole
+from rlpost.lockstep import in_turns
 from rlpost.render import Renderer
+from rlpost.seeds import seed_of
 from rlpost.types import Group, Request, Rollout, Sampling, Task
 
 T = TypeVar("T")
@@ -67,10 +68,12 @@ def answers(
     *,
     whole: Whole | None = None,
 ) -> list[Rollout]:
-    """What was asked for: generated, or given with the request."""
+    """What was asked for: generated, in one call or over several (`sampling.rollout`), or given with the request."""
     interrupts = interruption is not None and interruption.text is not None
     wanted = [request for request in requests if request.given is None]
-    if whole is None or interrupts:  # what is interrupted has not ended yet
+    if sampling.rollout is not None:
+        rollouts = in_turns(generator, renderer, wanted, sampling, whole=whole)
+    elif whole is None or interrupts:  # what is interrupted has not ended yet
         rollouts = generator.generate(wanted, sampling)
     else:
         rollouts = generator.generate(wanted, sampling, whole)
@@ -109,7 +112,7 @@ def interrupted(
             task=rollout.task,
             prompt_ids=(*rollout.sampled_prompt_ids, *rollout.token_ids, *text_ids),
             n=1,
-            seed=_seed_of(f"{rollout.group}:{i - first[rollout.group]}:{rollout.token_ids}"),
+            seed=seed_of(f"{rollout.group}:{i - first[rollout.group]}:{rollout.token_ids}"),
         )
         for i, rollout in enumerate(rollouts)
         if rollout.truncated
@@ -131,8 +134,4 @@ def interrupted(
 
 def request_seed(seed: int, group: int) -> int:
     """A seed below 2^31 that belongs to this run and group, whatever the number of ranks."""
-    return _seed_of(f"{seed}:{group}")
-
-
-def _seed_of(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+    return seed_of(f"{seed}:{group}")

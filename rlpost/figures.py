@@ -24,6 +24,7 @@ def log_rollouts(run: Run, step: int, groups: list[Group], kept: list[Group], wa
         for rollout in (*group.rollouts, *group.left_out):
             _log_rollout(metrics, rollout, weights)
             _log_verdicts(metrics, rollout)
+            _log_turns(metrics, rollout)
             if rollout.role == "policy" and run.recipe.algorithm.length["use"] != "none":
                 metrics.mean("reward/length_bonus", rollout.length_reward)
     trained = [rollout for group in kept for rollout in group.rollouts if rollout.inclusion]
@@ -38,7 +39,7 @@ def log_rollouts(run: Run, step: int, groups: list[Group], kept: list[Group], wa
     metrics.sum("groups/num", len(groups))
     metrics.sum("groups/trained", len(kept))
     metrics.sum("rollouts/discarded", len(thrown_away))
-    metrics.sum("tokens/discarded", sum(len(rollout.token_ids) for rollout in thrown_away))
+    metrics.sum("tokens/discarded", sum(rollout.num_written for rollout in thrown_away))
     metrics.last("groups/waves", waves)
     if run.world.is_main:
         run.samples.choose(groups)
@@ -78,13 +79,24 @@ def _log_verdicts(metrics: Metrics, rollout: Rollout) -> None:
         metrics.quantiles(f"reward/latency/{name}", [verdict.seconds])
 
 
+def _log_turns(metrics: Metrics, rollout: Rollout) -> None:
+    """Who wrote how much of an answer that a rollout function led."""
+    if not rollout.turns:
+        return
+    tools = [turn for turn in rollout.turns if turn.writer == "tool"]
+    metrics.mean("tools/turns", len(rollout.turns) - len(tools))
+    metrics.mean("tools/calls", len(tools))
+    metrics.mean("tools/errors", sum(turn.error for turn in tools))
+    metrics.mean("tools/tokens", sum(turn.num_tokens for turn in tools))
+
+
 def _log_rollout(metrics: Metrics, rollout: Rollout, weights: Mapping[str, float]) -> None:
     length = len(rollout.token_ids)
     if rollout.role != "policy":
         _log_helped(metrics, rollout)
         return
     metrics.sum("rollouts/num", 1)
-    metrics.sum("tokens/generated", length)
+    metrics.sum("tokens/generated", rollout.num_written)
     metrics.mean("rollouts/length_mean", length)
     metrics.max("rollouts/length_max", length)
     metrics.mean("rollouts/truncated_frac", float(rollout.truncated))
@@ -108,7 +120,7 @@ def _log_helped(metrics: Metrics, rollout: Rollout) -> None:
     """An answer under a hint, or of somebody else: apart from what says how well the policy does."""
     metrics.sum(f"{rollout.role}/num", 1)
     if rollout.role == "guided":
-        metrics.sum("tokens/generated", len(rollout.token_ids))
+        metrics.sum("tokens/generated", rollout.num_written)
         metrics.mean("guided/copied_frac", copied_frac(rollout.hint, rollout.text))
     if rollout.passed is not None:
         metrics.mean(f"{rollout.role}/solved_frac", float(rollout.passed))

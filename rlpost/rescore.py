@@ -19,7 +19,7 @@ from rlpost.errors import RecipeError, RunError
 from rlpost.history import lines_of
 from rlpost.plugins import make_importable
 from rlpost.reward_recipe import bind_rewards
-from rlpost.types import Group, Rollout, Task
+from rlpost.types import Group, Rollout, Task, Turn
 
 DROP = Failure(reward="drop")
 """A failure is counted and shown here, and ends nothing."""
@@ -144,6 +144,7 @@ def rollout_of(row: Mapping[str, Any], group: int, tasks: Mapping[str, Task]) ->
         role=row.get("role", "policy"),
         hint=row.get("hint", ""),
         level=row.get("level", 0),
+        turns=tuple(Turn(**turn) for turn in row.get("turns", ())),
     )
 
 

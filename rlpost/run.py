@@ -42,6 +42,7 @@ from rlpost.random_state import seed_all
 from rlpost.recipe import Recipe
 from rlpost.render import Renderer, check_lengths, generation_eos_ids, load_tokenizer
 from rlpost.reward_recipe import bind_rewards
+from rlpost.rollout_recipe import bind_rollout
 from rlpost.samples import Samples
 from rlpost.score import Rewards
 from rlpost.sft import base_model
@@ -263,7 +264,8 @@ def training_sampling(recipe: Recipe, tasks: list[Task], renderer: Renderer) -> 
     """How rollouts are drawn in training; every training prompt must leave room for them."""
     asked = recipe.sampling
     check_room(recipe, tasks, renderer, asked.max_new_tokens, "tasks.train")
-    return Sampling(asked.max_new_tokens, asked.temperature, asked.top_p, asked.top_k, renderer.stop_ids)
+    how = asked.temperature, asked.top_p, asked.top_k
+    return Sampling(asked.max_new_tokens, *how, stop_ids=renderer.stop_ids, rollout=bind_rollout(recipe))
 
 
 def check_room(recipe: Recipe, tasks: list[Task], renderer: Renderer, max_new_tokens: int, where: str) -> None:
@@ -295,7 +297,8 @@ def make_evaluator(
     asked = recipe.evaluation
     max_new_tokens = asked.max_new_tokens or recipe.sampling.max_new_tokens
     check_room(recipe, tasks, renderer, max_new_tokens, "tasks.eval")
-    sampling = Sampling(max_new_tokens, asked.temperature, asked.top_p, stop_ids=renderer.stop_ids)
+    how = asked.temperature, asked.top_p
+    sampling = Sampling(max_new_tokens, *how, stop_ids=renderer.stop_ids, rollout=bind_rollout(recipe))
     vote = voter(asked.vote, recipe.rewards[0]["use"]) if recipe.rewards else None
     interruption = recipe.algorithm.interruption
     return Evaluator(tasks, asked, renderer, rewards, sampling, recipe.seed, world, interruption, vote)

@@ -11,7 +11,7 @@ frozen reference.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,7 @@ FAILED: tuple[Ending, ...] = ("timeout", "crash", "error")
 """Where the reward is to blame, and not the answer."""
 Role = Literal["policy", "guided", "expert"]
 """Who wrote an answer: the policy on the problem alone, the policy with a hint beside it, or somebody else."""
+Writer = Literal["policy", "tool"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,10 @@ class Sampling:
     top_k: int = 0
     """0: the whole vocabulary."""
     stop_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer as well: the token that completes one is its last."""
+    rollout: Callable[[Any], Awaitable[None]] | None = None
+    """What leads each answer over several calls of the generator (`talk.py`); None: one call makes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,18 @@ class Request:
     """Of the hint, from 1 (the weakest) on; 0: none."""
     given: str | None = None
     """The answer itself, which is then not generated."""
+    max_new_tokens: int | None = None
+    """At most so many, where the sampling allows more."""
+    begun: int = 0
+    """So many tokens of the prompt were computed for this answer by an earlier call."""
+
+    def limit(self, sampling: Sampling) -> int:
+        """How many tokens an answer to this request may have.
+
+        >>> Request(0, Task("a", "1+1="), (5, 6), n=1, seed=0, max_new_tokens=8).limit(Sampling(64))
+        8
+        """
+        return min(sampling.max_new_tokens, self.max_new_tokens or sampling.max_new_tokens)
 
     def rollout(
         self,
@@ -157,6 +174,25 @@ class Verdict:
         return self.ending in FAILED
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A part of an answer over several calls of the generator, which one writer wrote.
+
+    >>> Turn("policy", "<calc>6*7</calc>", num_tokens=7, stop="</calc>").ended
+    'stop'
+    """
+
+    writer: Writer
+    text: str
+    num_tokens: int
+    ended: FinishReason = "stop"
+    """Of the policy: `length` where it was cut off."""
+    stop: str | None = None
+    """The text of `Sampling.stop` that ended it; None: an end token, or the length."""
+    error: bool = False
+    """Of a tool: it says that it failed."""
+
+
 @dataclass(slots=True)
 class Rollout:
     """One sampled answer. Token ids stay as the generator returned them; text is only for rewards and readers.
@@ -198,6 +234,15 @@ class Rollout:
     """What the algorithm adds to the reward for the answer's length; not part of what counts as solved."""
     interrupted: bool = False
     """Whether the run ended the model's thinking and asked for the answer; its own tokens have no log-prob."""
+    turns: tuple[Turn, ...] = ()
+    """Who wrote what, in order, where a rollout function led; a tool's tokens have no log-prob."""
+
+    @property
+    def num_written(self) -> int:
+        """Tokens that the policy wrote: those with a log-prob, of which the others have none."""
+        if not self.turns and not self.interrupted:
+            return len(self.token_ids)
+        return sum(not math.isnan(logp) for logp in self.behavior_logp)
 
     @property
     def off_policy(self) -> bool:

@@ -94,7 +94,8 @@ class HfGenerator:
         tokens: list[Tensor] = []
         logps: list[Tensor] = []
         alive_N = torch.ones(request.n, dtype=torch.bool, device=device)
-        while len(tokens) < sampling.max_new_tokens and alive_N.any():
+        length_N = torch.zeros(request.n, dtype=torch.long, device=device)
+        while len(tokens) < request.limit(sampling) and alive_N.any():
             preemption.poll()
             answer = self.model(input_ids=step_NT, past_key_values=cache, use_cache=True)
             cache = answer.past_key_values
@@ -102,21 +103,30 @@ class HfGenerator:
             token_N = torch.multinomial(logp_NV.exp(), 1, generator=dice)
             tokens.append(token_N.squeeze(-1))
             logps.append(logp_NV.gather(-1, token_N).squeeze(-1))
+            length_N += alive_N
             alive_N &= ~torch.isin(tokens[-1], stop)
+            if sampling.stop:
+                alive_N &= ~self._has_stop(tokens, alive_N, sampling.stop)
             step_NT = token_N
         token_NT, logp_NT = torch.stack(tokens, -1).tolist(), torch.stack(logps, -1).tolist()
-        return [
-            self._rollout(request, ids, logp, sampling.stop_ids) for ids, logp in zip(token_NT, logp_NT, strict=True)
-        ]
+        rows = zip(token_NT, logp_NT, length_N.tolist(), alive_N.tolist(), strict=True)
+        return [self._rollout(request, ids[:end], logp[:end], cut=alive) for ids, logp, end, alive in rows]
 
-    def _rollout(self, request: Request, ids: list[int], logp: list[float], stop_ids: tuple[int, ...]) -> Rollout:
-        end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), None)
+    def _has_stop(self, tokens: Sequence[Tensor], alive_N: Tensor, stop: Sequence[str]) -> Tensor:
+        """Which of the rows that go on have one of these texts in theirs."""
+        found_N = torch.zeros_like(alive_N)
+        for i in alive_N.nonzero().squeeze(-1).tolist():
+            text = self.renderer.decode([int(token_N[i]) for token_N in tokens])
+            found_N[i] = any(one in text for one in stop)
+        return found_N
+
+    def _rollout(self, request: Request, ids: list[int], logp: list[float], *, cut: bool) -> Rollout:
         return request.rollout(
-            ids[:end],
-            logp[:end],
-            finish_reason="length" if end is None else "stop",
+            ids,
+            logp,
+            finish_reason="length" if cut else "stop",
             version=-1 if self.version is None else self.version,
-            text=self.renderer.decode(ids[:end]),
+            text=self.renderer.decode(ids),
         )
 
 

@@ -274,11 +274,13 @@ def _params(request: Request, sampling: Sampling, *, seeded: bool) -> Any:
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
-        max_tokens=sampling.max_new_tokens,
+        max_tokens=request.limit(sampling),
         stop_token_ids=list(sampling.stop_ids),
+        stop=list(sampling.stop),
+        include_stop_str_in_output=bool(sampling.stop),
         logprobs=0,
         flat_logprobs=True,
-        detokenize=False,
+        detokenize=bool(sampling.stop),
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
