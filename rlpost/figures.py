@@ -84,10 +84,11 @@ def _log_turns(metrics: Metrics, rollout: Rollout) -> None:
     if not rollout.turns:
         return
     tools = [turn for turn in rollout.turns if turn.writer == "tool"]
+    length = sum(turn.num_tokens for turn in tools)
     metrics.mean("tools/turns", len(rollout.turns) - len(tools))
     metrics.mean("tools/calls", len(tools))
     metrics.mean("tools/errors", sum(turn.error for turn in tools))
-    metrics.mean("tools/tokens", sum(turn.num_tokens for turn in tools))
+    metrics.mean("tools/length", length)
 
 
 def _log_rollout(metrics: Metrics, rollout: Rollout, weights: Mapping[str, float]) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rlpost.errors import RunError
 from rlpost.judging import place_of
 from rlpost.preempt import preemption
-from rlpost.talk import Talk
+from rlpost.talk import Talk, Wish
 from rlpost.types import Request, Rollout, Sampling
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ class Table:
         self._moved = asyncio.Event()
         self._tasks = {id(talk): asyncio.create_task(self._lead(talk)) for talk in self._talks}
 
-    async def settled(self) -> list[Talk]:
-        """The talks that wait for the policy, once all the others have ended.
+    async def settled(self) -> bool:
+        """Whether any talk waits for the policy, once all the others have ended.
 
         The watchdog sees a tool that never ends: nothing is said to get on meanwhile.
         """
@@ -92,16 +92,18 @@ class Table:
         for talk in self._talks:
             if talk.error is not None:
                 raise _failure(self.function, talk) from talk.error
-        return self._waiting()
+        return bool(self._waiting())
 
     def ask(self, generator: Generator) -> None:
         """Have the generator grant what is wished for: one call for each set of stop texts."""
-        waiting = self._waiting()
-        for stop in dict.fromkeys(_stop_of(talk) for talk in waiting):
-            runs = list(_runs(talk for talk in waiting if _stop_of(talk) == stop))
-            asked = [run[0].asks(_limit_of(run[0]), len(run)) for run in runs]
+        by_stop: dict[tuple[str, ...], list[tuple[Talk, Wish]]] = {}
+        for talk, wish in self._waiting():
+            by_stop.setdefault(wish.stop, []).append((talk, wish))
+        for stop, pairs in by_stop.items():
+            runs = list(_runs(pairs))
+            asked = [talks[0].asks(limit, len(talks)) for talks, limit in runs]
             answers = generator.generate(asked, replace(self.sampling, stop=stop))
-            for talk, answer in zip((talk for run in runs for talk in run), answers, strict=True):
+            for (talk, _), answer in zip(pairs, answers, strict=True):
                 talk.take(answer)
 
     def tell(self, whole: Whole | None) -> None:
@@ -128,30 +130,20 @@ class Table:
     def _has_ended(self, talk: Talk) -> bool:
         return talk.error is not None or self._tasks[id(talk)].done()
 
-    def _waiting(self) -> list[Talk]:
-        return [talk for talk in self._talks if talk.wish is not None and not self._has_ended(talk)]
+    def _waiting(self) -> list[tuple[Talk, Wish]]:
+        pairs = [(talk, talk.wish) for talk in self._talks if not self._has_ended(talk)]
+        return [(talk, wish) for talk, wish in pairs if wish is not None]
 
 
-def _runs(talks: Iterator[Talk]) -> Iterator[list[Talk]]:
-    """Talks that have the same prompt and follow each other in a request: the generator may share its work."""
+def _runs(pairs: Sequence[tuple[Talk, Wish]]) -> Iterator[tuple[list[Talk], int]]:
+    """(talks, limit) that have the same prompt and follow each other in a request: a generator may share its work."""
 
-    def key(numbered: tuple[int, Talk]) -> Any:
-        i, talk = numbered
-        fresh = not talk.turns
-        return (id(talk.request), _limit_of(talk), talk.place - i) if fresh else (id(talk),)
+    def key(numbered: tuple[int, tuple[Talk, Wish]]) -> Any:
+        i, (talk, wish) = numbered
+        return (id(talk), wish.limit) if talk.turns else (id(talk.request), wish.limit, talk.place - i)
 
-    for _, run in groupby(enumerate(talks), key):
-        yield [talk for _, talk in run]
-
-
-def _stop_of(talk: Talk) -> tuple[str, ...]:
-    assert talk.wish is not None
-    return talk.wish.stop
-
-
-def _limit_of(talk: Talk) -> int:
-    assert talk.wish is not None
-    return talk.wish.limit
+    for (_, limit, *_), run in groupby(enumerate(pairs), key):
+        yield [talk for _, (talk, _) in run], limit
 
 
 def _failure(function: Callable[..., Any], talk: Talk) -> RunError:

@@ -72,7 +72,7 @@ METRICS: dict[str, MetricInfo] = {
     "tools/turns": MetricInfo("turns", "mean", "calls of the generator for a rollout that a function leads"),
     "tools/calls": MetricInfo("calls", "mean", "tool outputs in such a rollout"),
     "tools/errors": MetricInfo("calls", "mean", "of those: outputs by which the function says that the tool failed"),
-    "tools/tokens": MetricInfo(
+    "tools/length": MetricInfo(
         "tokens", "mean", "tokens of a completion that tools wrote, on which nothing is trained"
     ),
     "explore/waves": MetricInfo("waves", "max", "waves that explorers asked for beyond the first, most of a step's"),
