@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 from groups import Letters
+from lab import make_lab, train_here
 from test_lockstep import END, Scripted
 
 from rlpost.collect import answers
@@ -92,6 +94,38 @@ def test_the_python_sandbox_ends_what_takes_too_long():
     section = {"use": "python", "seconds": 0.5, "sandbox": "limits"}
     one = lead(section, ["<python>while True: pass</python>", "#"])
     assert (one.turns[1].text, one.turns[1].error) == ("<output>too slow</output>", True)
+
+
+LEADS = "rollout={use: calculator, begin: '+', end: '=', result: '{};', error: '#'}"
+
+
+def figures(lines):
+    """Of each step; an evaluation more is in the totals."""
+    evaluated = ("total/tokens/evaluated", "total/flops/evaluate")
+    steps = [line for line in lines if "eval/n" not in line]
+    return [{name: x for name, x in line.items() if name not in evaluated} for line in steps]
+
+
+@pytest.mark.slow
+def test_a_run_led_by_a_calculator_trains_what_the_policy_wrote_and_resumes_exactly(single_rank, tmp_path):
+    lab = make_lab(tmp_path)
+    held_out = "{path: 'rlpost.testbed:chain_sums', config: {split: eval, size: 4, min_terms: 2, max_terms: 3}}"
+    asked = [LEADS, "sft=null", "algorithm.groups.without_spread=keep", "save_every=2", f"tasks.eval={held_out}"]
+    whole = train_here(lab, single_rank, "whole", *asked)
+    train_here(lab, single_rank, "parts", *asked, "steps=2")
+    parts = train_here(lab, single_rank, "parts", *asked, "steps=4", "resume=auto")
+    assert figures(whole) == figures(parts)
+    steps = [line for line in whole if "tokens/trained" in line]
+    for line in steps:
+        length = line["rollouts/length_mean"] * line["rollouts/num"]
+        assert line["tools/calls"] > 0 and line["tools/length"] >= line["tools/calls"] > line["tools/errors"]
+        assert line["tokens/trained"] == line["tokens/generated"] - line["tokens/discarded"]
+        assert length == pytest.approx(line["tokens/generated"] + line["tools/length"] * line["rollouts/num"])
+        assert line["rollouts/length_max"] <= 24
+    rows = [json.loads(row) for row in (lab / "runs/whole/samples.jsonl").read_text().splitlines()]
+    told = [turn for row in rows for turn in row["turns"] if turn["writer"] == "tool"]
+    assert told and all("".join(turn["text"] for turn in row["turns"]) == row["completion"] for row in rows)
+    assert any(line.get("eval/length_mean", 0) > 0 for line in whole)
 
 
 PLUGINS = '''
