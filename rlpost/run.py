@@ -44,6 +44,7 @@ from rlpost.render import Renderer, check_lengths, generation_eos_ids, load_toke
 from rlpost.reward_recipe import bind_rewards
 from rlpost.samples import Samples
 from rlpost.score import Rewards
+from rlpost.servers.start import Started, start_servers
 from rlpost.sft import base_model
 from rlpost.shards import Write
 from rlpost.task_filters import of_length
@@ -163,6 +164,7 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
     folder = open_run(recipe, world)
     with clock("sft"):
         model = base_model(recipe, world) if recipe.sft else start
+    servers = start_servers(recipe, model, folder, world)  # which takes as long as what follows
     engine, reference, critic = make_engines(recipe, model, world)
     accounts = make_accounts(recipe, engine, critic, by_document=uses_flash_attention(recipe.model))
     return Run(
@@ -173,7 +175,9 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
         clock=clock,
         curriculum=curriculum,
         renderer=renderer,
-        generator=Counted(make_generator(recipe, model, renderer, train_tasks[0], engine), accounts, clock),
+        generator=Counted(
+            make_generator(recipe, model, renderer, train_tasks[0], engine, servers=servers), accounts, clock
+        ),
         sampling=sampling,
         rewards=rewards,
         explorers=make_explorers(recipe, renderer, sampling),
@@ -341,7 +345,15 @@ def make_accounts(recipe: Recipe, engine: Engine, critic: Critic | None, *, by_d
     )
 
 
-def make_generator(recipe: Recipe, model: Path, renderer: Renderer, first_task: Task, engine: Engine) -> Generator:
+def make_generator(
+    recipe: Recipe,
+    model: Path,
+    renderer: Renderer,
+    first_task: Task,
+    engine: Engine,
+    *,
+    servers: Started | None = None,
+) -> Generator:
     """The generator that the recipe names, with a canary cut from the first training prompt."""
     tolerance, world = recipe.generator.canary_tolerance, engine.world
     assert tolerance is not None
@@ -351,6 +363,10 @@ def make_generator(recipe: Recipe, model: Path, renderer: Renderer, first_task: 
         from rlpost.generate.hf import HfGenerator
 
         return HfGenerator(recipe, renderer, canary, world)
+    if servers is not None:
+        from rlpost.generate.remote_vllm import RemoteVllm
+
+        return RemoteVllm(recipe, renderer, canary, world, servers)
     from rlpost.generate.local_vllm import LocalVllm
 
     with engine.parking.making_room():

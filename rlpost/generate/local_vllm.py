@@ -188,10 +188,10 @@ def _load(worker: Any, weights: Weights) -> None:
 
         with set_current_vllm_config(worker.vllm_config), torch.no_grad():
             worker.model_runner.get_model().load_weights(weights)
-    _repack_head(worker)
+    repack_head(worker)
 
 
-def _repack_head(worker: Any) -> None:
+def repack_head(worker: Any) -> None:
     """On a CPU vLLM multiplies by a packed copy of the head, which neither way renews where the head is tied."""
     head: Any = getattr(worker.model_runner.get_model(), "lm_head", None)
     if hasattr(head, "cpu_linear"):
