@@ -248,6 +248,11 @@ class Metrics:
         """Add to a weighted mean: sum(w v) / sum(w)."""
         self._add(name, "mean", value * weight if weight else 0.0, weight)
 
+    def means(self, name: str, values: Sequence[float]) -> None:
+        """Add many values to a mean at once."""
+        if values:
+            self._add(name, "mean", sum(values), len(values))
+
     def sum(self, name: str, value: float) -> None:
         """Add to a sum over ranks."""
         self._add(name, "sum", value, 1.0)

@@ -77,7 +77,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     recipe, clock, metrics, engine, critic = run.recipe, run.clock, run.metrics, run.engine, run.critic
     groups = gather(run, step)
     with clock("score"):
-        documents = score_documents(run, documents_of(groups, train_truncated=recipe.algorithm.truncated == "keep"))
+        cut, earlier = recipe.algorithm.truncated == "keep", recipe.algorithm.earlier == "train"
+        documents = score_documents(run, documents_of(groups, train_truncated=cut, train_earlier=earlier))
         documents = with_behavior(run, documents)
         run.objective.begin(documents)
     with clock("batch"):

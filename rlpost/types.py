@@ -22,6 +22,8 @@ FinishReason = Literal["stop", "length", "abort"]
 Ending = Literal["ok", "wrong", "unparsable", "timeout", "crash", "error"]
 """Of a reward on one rollout: it gave 1 or more; less; it found nothing to judge, or could not judge; it took too long;
 its process died or ran out of memory; it raised, or returned no number."""
+Spans = tuple[tuple[int, int], ...]
+"""Which policy version wrote which tokens: (first token, version), the earliest first, up to where the next begins."""
 FAILED: tuple[Ending, ...] = ("timeout", "crash", "error")
 """Where the reward is to blame, and not the answer."""
 Role = Literal["policy", "guided", "expert"]
@@ -98,10 +100,11 @@ class Request:
         behavior_logp: Sequence[float],
         *,
         finish_reason: FinishReason,
-        version: int,
+        version: int | Spans,
         text: str,
     ) -> Rollout:
-        """An answer to this request."""
+        """An answer to this request; `version` wrote all of it, or each span was written by another."""
+        first, *later = ((0, version),) if isinstance(version, int) else version
         return Rollout(
             task=self.task,
             group=self.group,
@@ -110,7 +113,8 @@ class Request:
             token_ids=tuple(token_ids),
             behavior_logp=tuple(behavior_logp),
             finish_reason=finish_reason,
-            version=version,
+            version=first[1],
+            later_versions=tuple(later),
             text=text,
             role=self.role,
             hint=self.hint,
@@ -180,6 +184,8 @@ class Rollout:
     finish_reason: FinishReason
     version: int
     """The policy version (optimizer-step count at the last weight sync) that wrote the tokens."""
+    later_versions: Spans = ()
+    """Spans that later versions wrote: the weights changed while the answer was being written."""
     text: str = ""
     role: Role = "policy"
     hint: str = ""
@@ -198,6 +204,11 @@ class Rollout:
     """What the algorithm adds to the reward for the answer's length; not part of what counts as solved."""
     interrupted: bool = False
     """Whether the run ended the model's thinking and asked for the answer; its own tokens have no log-prob."""
+
+    @property
+    def versions(self) -> Spans:
+        """Which policy version wrote which tokens."""
+        return ((0, self.version), *self.later_versions)
 
     @property
     def off_policy(self) -> bool:
