@@ -90,7 +90,7 @@ class RemoteVllm:
             unit.token_ids,
             unit.logp,
             finish_reason=unit.finish,
-            version=unit.spans[0][1] if unit.spans else self._version(),
+            version=tuple(unit.spans) or self._version(),
             text=self.renderer.decode(tuple(unit.token_ids)),
         )
 

@@ -70,6 +70,7 @@ def command(recipe: Recipe, model: Path, context: int, port: int, *, on_cpu: boo
         "seed": recipe.seed,
         "disable_log_stats": True,
         "trust_remote_code": True if recipe.model.trust_remote_code else None,
+        "distributed_executor_backend": "uni" if on_cpu and servers.tensor_parallel == 1 else None,
         "tensor_parallel_size": servers.tensor_parallel,
         "data_parallel_size": servers.data_parallel,
         "api_server_count": 1,
@@ -103,6 +104,7 @@ def environment(gpus: list[int], *, ipc: bool) -> dict[str, str]:
     else:
         found |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         found = {key: os.environ.get(key, value) for key, value in found.items()}
+        found["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else vLLM wants one process more, whose start takes as long
     if ipc:
         found["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     return found
