@@ -168,6 +168,8 @@ def log_step(run: Run, step: int) -> dict[str, float]:
         metrics.mean("sync/gb_per_s", report.gb_per_s)
         metrics.mean("canary/logp_diff_mean", report.canary_mean)
         metrics.max("canary/logp_diff_max", report.canary_max)
+        for name, value in report.figures.items():
+            metrics.add(name, value)
         for name, value in run.curriculum.metrics().items():
             metrics.last(f"curriculum/{name}", value)
         for name, value in (run.objective.mismatch_figures() | run.objective.figures()).items():

@@ -204,6 +204,11 @@ METRICS: dict[str, MetricInfo] = {
     "sync/gb_per_s": MetricInfo("10^9 bytes/s", "mean", "rate of the sync, over ranks"),
     "canary/logp_diff_mean": MetricInfo("nats", "mean", "|trainer - generator| log-prob of the fixed prompt"),
     "canary/logp_diff_max": MetricInfo("nats", "max", "largest |trainer - generator| log-prob of the fixed prompt"),
+    "servers/alive": MetricInfo("servers", "sum", "generator servers that had the step's weights when they were given"),
+    "servers/resent": MetricInfo("rollouts", "sum", "asked of another server since the last weights: one was lost"),
+    "servers/update_s": MetricInfo(
+        "s", "max", "a weight update as servers see it: shut, loaded, proved, open; slowest rank"
+    ),
     "memory/peak_gib": MetricInfo("GiB", "max", "largest memory in use in any phase since the last step, fullest rank"),
     "memory/peak_gib/*": MetricInfo("GiB", "max", "largest memory in use in this phase: a GPU's, or the process's own"),
     "curriculum/*": MetricInfo("1", "last", "what the curriculum reports of itself"),

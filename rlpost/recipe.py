@@ -23,6 +23,7 @@ from rlpost.cluster_recipe import Failure, Preempt, Watchdog
 from rlpost.errors import RecipeError
 from rlpost.model_recipe import InitModel, Lora, Model
 from rlpost.plugins import did_you_mean, make_importable
+from rlpost.server_recipe import Servers
 from rlpost.synth_recipe import Synth
 from rlpost.task_recipe import Evaluation, Prompting, Tasks, TaskSource
 from rlpost.yaml_tree import expand, override, parse
@@ -63,7 +64,8 @@ class ExploreBudget:
 class GeneratorRecipe:
     """Who samples rollouts, and with how much memory."""
 
-    kind: Literal["local_vllm", "hf"] = "local_vllm"
+    kind: Literal["local_vllm", "remote_vllm", "hf"] = "local_vllm"
+    """vLLM in the trainer's process, vLLM servers apart from it, or plain transformers."""
     memory_frac: float = 0.45
     """Share of each GPU that vLLM takes (GPU only)."""
     kv_cache_gib: float = 2.0
@@ -89,7 +91,9 @@ class GeneratorRecipe:
     """Largest allowed mean |trainer - generator| log-prob of the canary, in nats; None: 1e-3 in float32, 0.2 in
     bfloat16, where rounding alone gives 0.08 through the 30 layers of SmolLM2-135M."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of `vllm.LLM`."""
+    """Further arguments of `vllm.LLM`, or of a server."""
+    servers: Servers = field(default_factory=Servers)
+    """Of `remote_vllm`."""
 
 
 @dataclass

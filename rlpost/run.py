@@ -45,6 +45,7 @@ from rlpost.render import Renderer, check_lengths, generation_eos_ids, load_toke
 from rlpost.reward_recipe import bind_rewards
 from rlpost.samples import Samples
 from rlpost.score import Rewards
+from rlpost.servers.start import Started, start_servers
 from rlpost.sft import base_model
 from rlpost.shards import Write
 from rlpost.task_filters import of_length
@@ -165,8 +166,9 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
     folder = open_run(recipe, world)
     with clock("sft"):
         model = base_model(recipe, world) if recipe.sft else start
+    servers = start_servers(recipe, model, folder, world)  # which takes as long as what follows
     engine, reference, critic = make_engines(recipe, model, world)
-    generator = make_generator(recipe, model, renderer, train_tasks[0], engine)
+    generator = make_generator(recipe, model, renderer, train_tasks[0], engine, servers=servers)
     accounts = make_accounts(recipe, engine, critic, by_document=uses_flash_attention(recipe.model))
     return Run(
         recipe=recipe,
@@ -353,7 +355,15 @@ def make_accounts(recipe: Recipe, engine: Engine, critic: Critic | None, *, by_d
     )
 
 
-def make_generator(recipe: Recipe, model: Path, renderer: Renderer, first_task: Task, engine: Engine) -> Generator:
+def make_generator(
+    recipe: Recipe,
+    model: Path,
+    renderer: Renderer,
+    first_task: Task,
+    engine: Engine,
+    *,
+    servers: Started | None = None,
+) -> Generator:
     """The generator that the recipe names, with a canary cut from the first training prompt."""
     tolerance, world = recipe.generator.canary_tolerance, engine.world
     assert tolerance is not None
@@ -363,6 +373,10 @@ def make_generator(recipe: Recipe, model: Path, renderer: Renderer, first_task: 
         from rlpost.generate.hf import HfGenerator
 
         return HfGenerator(recipe, renderer, canary, world)
+    if servers is not None:
+        from rlpost.generate.remote_vllm import RemoteVllm
+
+        return RemoteVllm(recipe, renderer, canary, world, servers)
     from rlpost.generate.local_vllm import LocalVllm
 
     with engine.parking.making_room():

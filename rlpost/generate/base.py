@@ -34,6 +34,8 @@ class SyncReport:
     canary_mean: float = math.nan
     """Mean |trainer - generator| log-prob over the canary's tokens, in nats."""
     canary_max: float = math.nan
+    figures: dict[str, float] = field(default_factory=dict)
+    """What a generator has to say beside that, under the names of the table of metrics."""
 
     @property
     def gb_per_s(self) -> float:

@@ -190,10 +190,10 @@ def _load(worker: Any, weights: Weights) -> None:
 
         with set_current_vllm_config(worker.vllm_config), torch.no_grad():
             worker.model_runner.get_model().load_weights(weights)
-    _repack_head(worker)
+    repack_head(worker)
 
 
-def _repack_head(worker: Any) -> None:
+def repack_head(worker: Any) -> None:
     """On a CPU vLLM multiplies by a packed copy of the head, which neither way renews where the head is tied."""
     head: Any = getattr(worker.model_runner.get_model(), "lm_head", None)
     if hasattr(head, "cpu_linear"):
@@ -282,16 +282,17 @@ def _params(request: Request, sampling: Sampling, *, seeded: bool) -> Any:
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        **_repeats(sampling),
+        **repetition(sampling.repeats),
     )
 
 
-def _repeats(sampling: Sampling) -> dict[str, Any]:
-    if sampling.repeats is None:
+def repetition(repeats: Sequence[int] | None) -> dict[str, Any]:
+    """Arguments of `SamplingParams` for `Sampling.repeats`; an older vLLM has none, and is asked for none."""
+    if repeats is None:
         return {}
     from vllm.sampling_params import RepetitionDetectionParams
 
-    times, longest = sampling.repeats
+    times, longest = repeats
     return {"repetition_detection": RepetitionDetectionParams(max_pattern_size=longest, min_count=times)}
 
 
