@@ -20,6 +20,7 @@ from rlpost.preempt import PREEMPTED, preemption
 from rlpost.report.command import add_commands
 from rlpost.reward_commands import add_reward_commands
 from rlpost.scaling.options import add_scaling
+from rlpost.servers.options import add_serve
 from rlpost.simulate.options import add_simulations
 from rlpost.synth.options import add_synth
 from rlpost.task_options import add_tasks
@@ -98,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     add_audit(commands)
     add_tasks(commands)
     add_synth(commands)
+    add_serve(commands)
     add_tables(commands)
     add_simulations(commands)
     add_scaling(commands)

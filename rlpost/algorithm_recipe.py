@@ -137,6 +137,8 @@ class Algorithm:
     truncated: Literal["keep", "mask", "exclude"] = "keep"
     """Answers that ran into the length limit: `mask` does not train them, `exclude` also leaves them out of the group's
     baseline."""
+    earlier: Literal["train", "context"] = "train"
+    """What becomes of the tokens of an answer that was begun by an older policy than the one that ended it."""
     interruption: Interruption = field(default_factory=Interruption)
     mismatch: Mismatch = field(default_factory=Mismatch)
     off_policy: OffPolicy = field(default_factory=OffPolicy)

@@ -138,21 +138,29 @@ def in_parts(
     return [[one for group in groups[start:stop] for one in members[group]] for start, stop in pairwise(cuts)]
 
 
-def documents_of(groups: Sequence[Group], *, train_truncated: bool = True) -> list[Document]:
+def documents_of(
+    groups: Sequence[Group], *, train_truncated: bool = True, train_earlier: bool = True
+) -> list[Document]:
     """The rollouts of all groups, in order, as something to train on."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    return [document(rollout, train_truncated=train_truncated) for rollout in rollouts]
+    return [document(one, train_truncated=train_truncated, train_earlier=train_earlier) for one in rollouts]
 
 
-def document(rollout: Rollout, *, train_truncated: bool = True) -> Document:
-    """A rollout as something to train on; one that could not be judged keeps its place with no trained token."""
+def document(rollout: Rollout, *, train_truncated: bool = True, train_earlier: bool = True) -> Document:
+    """A rollout as something to train on; one that could not be judged keeps its place with no trained token.
+
+    Without `train_earlier`, tokens are context alone where a later version wrote what follows them.
+    """
     silent = rollout.reward is None or (rollout.truncated and not train_truncated)
+    length = len(rollout.token_ids)
+    context = length if silent else 0 if train_earlier else rollout.versions[-1][0]
     return Document(
         prompt_ids=rollout.prompt_ids,
         token_ids=rollout.token_ids,
-        behavior_logp=(math.nan,) * len(rollout.token_ids) if silent else rollout.behavior_logp,
+        behavior_logp=(math.nan,) * context + rollout.behavior_logp[context:],
         group=rollout.group,
         version=rollout.version,
+        later_versions=rollout.later_versions,
         off_policy=rollout.off_policy,
         sampled_prompt_ids=rollout.sampled_prompt_ids,
         inclusion=rollout.inclusion,

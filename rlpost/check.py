@@ -15,7 +15,9 @@ from typing import Any
 from rlpost.check_algorithm import RESET_TRIGGERS, algorithm_problems
 from rlpost.check_explore import explore_problems
 from rlpost.check_parallel import parallel_problems
+from rlpost.check_pipeline import pipeline_problems
 from rlpost.check_secrets import secret_problems
+from rlpost.check_servers import server_problems
 from rlpost.check_synth import synth_problems
 from rlpost.check_tasks import evaluation_problems, task_problems
 from rlpost.errors import RecipeError
@@ -44,16 +46,20 @@ _BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
         "engine.eps engine.sequence_parallel engine.sync_bucket_mib batch.micro_tokens batch.row_tokens sft.steps "
         "sft.batch_size sft.lr sft.max_seconds sft.target_loss evaluation.n evaluation.until "
         "evaluation.max_new_tokens "
+        "generator.servers.replicas generator.servers.tensor_parallel generator.servers.data_parallel "
+        "generator.servers.timeout_s generator.servers.start_s "
         "preempt.after_s preempt.budget_s failure.reward_s failure.reward_memory_gib "
         "failure.reward_workers failure.gradients watchdog.report_s watchdog.stop_s",
     ),
     (
         ">= 0",
         lambda x: 0 <= x < math.inf,
-        "seed save_every keep_every algorithm.kl.coef algorithm.kl.reset.every algorithm.kl.reset.kl_spike "
+        "seed save_every keep_every generator.max_staleness "
+        "algorithm.kl.coef algorithm.kl.reset.every algorithm.kl.reset.kl_spike "
         "algorithm.kl.reset.patience algorithm.kl.reset.min_gap algorithm.entropy.coef algorithm.entropy.target "
         "algorithm.entropy.delta algorithm.entropy.low algorithm.entropy.high algorithm.imitation_coef "
         "algorithm.critic.pretrain_steps engine.weight_decay engine.warmup_steps engine.grad_clip sft.warmup_steps "
+        "generator.servers.restarts "
         "sft.weight_decay evaluation.every evaluation.temperature logging.samples_per_step failure.empty_steps",
     ),
     ("in (0, 1)", lambda x: 0 < x < 1, "generator.memory_frac"),
@@ -112,11 +118,13 @@ def check(recipe: Recipe, world_size: int = 1) -> list[str]:
         *explore_problems(recipe),
         *synth_problems(recipe),
         *_sampling(recipe),
+        *pipeline_problems(recipe),
         *_batches(recipe, world_size),
         *_lengths(recipe),
         *_sft(recipe.sft, world_size),
         *_engine(recipe),
         *parallel_problems(recipe, world_size),
+        *server_problems(recipe, world_size),
         *_run(recipe),
         *secret_problems(recipe),
     ]
@@ -170,7 +178,7 @@ def _init(recipe: Recipe) -> list[str]:
             f"model.init.hidden_size must be a multiple of model.init.num_heads (got {init.hidden_size} and "
             f"{init.num_heads})"
         )
-    elif recipe.generator.kind == "local_vllm" and (size := init.hidden_size // init.num_heads) not in CPU_HEAD_SIZES:
+    elif recipe.generator.kind != "hf" and (size := init.hidden_size // init.num_heads) not in CPU_HEAD_SIZES:
         problems.append(
             f"model.init.hidden_size / model.init.num_heads must be one of {', '.join(map(str, CPU_HEAD_SIZES))} for "
             f"vLLM (got {size}): change one of them, or use generator.kind=hf"

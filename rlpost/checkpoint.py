@@ -75,7 +75,7 @@ def _prepare_run(folder: Path, recipe: Recipe) -> None:
         recipe.resume != "never" and folder.resolve() in Path(recipe.resume).resolve().parents
     )
     try:
-        there = [path for path in folder.iterdir() if path.name != "synth"] if folder.exists() else []
+        there = [path for path in folder.iterdir() if path.name not in ("synth", "servers")] if folder.exists() else []
         if not continues and there:
             raise RunError(
                 f"the run folder {folder} must be new or empty (it holds another run): go on with that run with "

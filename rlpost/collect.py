@@ -37,19 +37,37 @@ def collect(
     first_group: int,
     seed: int,
     interruption: Interruption | None = None,
-    whole: Whole | None = None,
 ) -> list[Group]:
-    """One group of `group_size` rollouts for each (place, task); the group's id is `first_group + place`.
-
-    `whole` is told of each group's rollouts as soon as the last of them has ended.
-    """
-    groups = [
-        Group(id, task, [], prompt_ids=renderer.prompt_ids(task), seed=request_seed(seed, id))
-        for id, task in ((first_group + place, task) for place, task in tasks)
-    ]
+    """One group of `group_size` rollouts for each (place, task); the group's id is `first_group + place`."""
+    groups = new_groups(renderer, tasks, first_group=first_group, seed=seed)
     requests = [group.request(group_size) for group in groups]
-    add_to(groups, answers(generator, renderer, requests, sampling, interruption, whole=whole))
+    add_to(groups, answers(generator, renderer, requests, sampling, interruption))
     return groups
+
+
+def new_groups(
+    renderer: Renderer,
+    tasks: Sequence[tuple[int, Task]],
+    *,
+    first_group: int,
+    seed: int,
+    begun: int = 0,
+    version: int = 0,
+) -> list[Group]:
+    """An empty group for each (place, task); its id is `first_group + place`."""
+    ids = [first_group + place for place, _ in tasks]
+    return [
+        Group(
+            id,
+            task,
+            [],
+            prompt_ids=renderer.prompt_ids(task),
+            seed=request_seed(seed, id),
+            begun=begun,
+            version=version,
+        )
+        for id, (_, task) in zip(ids, tasks, strict=True)
+    ]
 
 
 def add_to(groups: Sequence[Group], rollouts: Sequence[Rollout]) -> None:

@@ -26,6 +26,8 @@ class Document:
     group: int = 0
     """Documents of one group came from one prompt, on whatever rank."""
     version: int = 0
+    later_versions: tuple[tuple[int, int], ...] = ()
+    """As in `Rollout`: (first completion token, version) of what later versions wrote."""
     off_policy: bool = False
     sampled_prompt_ids: tuple[int, ...] | None = None
     """What the writer saw; None: the prompt."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import torch
 
 from rlpost.evaluate import pass_at_k
 from rlpost.explore._hints import copied_frac
-from rlpost.mass_balance import of_group
+from rlpost.mass_balance import of_groups
 from rlpost.metrics import Metrics
 from rlpost.run import Run
 from rlpost.types import Group, Rollout
@@ -19,21 +20,24 @@ from rlpost.types import Group, Rollout
 def log_rollouts(run: Run, step: int, groups: list[Group], kept: list[Group], waves: int) -> None:
     """Figures of all rollouts of the step and of those that are trained on, and some of them to read."""
     metrics, weights = run.metrics, {reward.name: reward.weight for reward in run.rewards}
+    _log_balance(metrics, groups)
     for group in groups:
         _log_group(metrics, group)
-        for rollout in (*group.rollouts, *group.left_out):
-            _log_rollout(metrics, rollout, weights)
-            _log_verdicts(metrics, rollout)
-            _log_turns(metrics, rollout)
-            if rollout.role == "policy" and run.recipe.algorithm.length["use"] != "none":
-                metrics.mean("reward/length_bonus", rollout.length_reward)
     trained = [rollout for group in kept for rollout in group.rollouts if rollout.inclusion]
-    for rollout in trained:
-        metrics.mean("guided/trained_frac", float(rollout.role != "policy"))
+    metrics.means("guided/trained_frac", [float(rollout.role != "policy") for rollout in trained])
     chosen = {id(rollout) for rollout in trained}
     generated = [rollout for group in groups for rollout in (*group.rollouts, *group.left_out)]
     thrown_away = [one for one in generated if one.role != "expert" and id(one) not in chosen]
-    alone = [rollout for group in groups for rollout in group.by_policy]
+    alone = [rollout for rollout in generated if rollout.role == "policy"]
+    _log_verdicts(metrics, generated)
+    _log_turns(metrics, generated)
+    for rollout in generated:
+        if rollout.role != "policy":
+            _log_helped(metrics, rollout)
+    if alone:
+        _log_alone(metrics, alone, weights)
+    if run.recipe.algorithm.length["use"] != "none":
+        metrics.means("reward/length_bonus", [rollout.length_reward for rollout in alone])
     metrics.quantiles("rollouts/length", [len(rollout.token_ids) for rollout in alone])
     metrics.std("reward/std_all", [rollout.reward for rollout in alone if rollout.reward is not None])
     metrics.sum("groups/num", len(groups))
@@ -41,9 +45,26 @@ def log_rollouts(run: Run, step: int, groups: list[Group], kept: list[Group], wa
     metrics.sum("rollouts/discarded", len(thrown_away))
     metrics.sum("tokens/discarded", sum(rollout.num_written for rollout in thrown_away))
     metrics.last("groups/waves", waves)
+    if run.pipeline.keeps:
+        _log_pipeline(run, step, groups)
     if run.world.is_main:
         run.samples.choose(groups)
         run.chosen.write(step)
+
+
+def _log_pipeline(run: Run, step: int, groups: Sequence[Group]) -> None:
+    """How long ago the step's groups were begun, and how long the answers are that came early or as late as may be."""
+    metrics, pipeline = run.metrics, run.pipeline
+    metrics.sum("pipeline/waiting", sum(len(wave.groups) for wave in pipeline.waves))
+    metrics.sum("pipeline/held", len(pipeline.held))
+    for group in groups:
+        waited = step - group.begun
+        metrics.mean("pipeline/age_mean", waited)
+        metrics.max("pipeline/age_max", waited)
+        name = "pipeline/length_early" if waited < pipeline.ahead else "pipeline/length_due"
+        metrics.means(name, [len(rollout.token_ids) for rollout in group.by_policy])
+        changed = [bool(rollout.later_versions) for rollout in group.by_policy]
+        metrics.means("pipeline/several_versions_frac", [float(one) for one in changed])
 
 
 def _log_group(metrics: Metrics, group: Group) -> None:
@@ -59,62 +80,79 @@ def _log_group(metrics: Metrics, group: Group) -> None:
         metrics.mean("groups/none_solved_frac", float(not group.has_spread and not any(passed)))
     for i in range(len(passed).bit_length()):
         metrics.mean(f"rollouts/pass@{1 << i}", pass_at_k(len(passed), sum(passed), 1 << i))
-    if len(passed) > 1:
-        balance = of_group(
-            [rollout.token_ids for rollout in alone],
-            [rollout.behavior_logp for rollout in alone],
-            [rollout.passed for rollout in alone],
-        )
+
+
+def _log_balance(metrics: Metrics, groups: Sequence[Group]) -> None:
+    """What was drawn, and what was not, of each group that the policy wrote more than one judged answer of."""
+    alone = [group.by_policy for group in groups]
+    several = [one for one in alone if sum(rollout.passed is not None for rollout in one) > 1]
+    for balance in of_groups(
+        [
+            (
+                [rollout.token_ids for rollout in one],
+                [rollout.behavior_logp for rollout in one],
+                [rollout.passed for rollout in one],
+            )
+            for one in several
+        ]
+    ):
         terms = asdict(balance.terms) | {"states": balance.num_states, "shared_frac": balance.shared_frac}
-        terms["mixed"] = balance.mixed
-        for name, value in terms.items():
+        for name, value in (terms | {"mixed": balance.mixed}).items():
             if not math.isnan(value):
                 metrics.mean(f"mass/{name}", value)
 
 
-def _log_verdicts(metrics: Metrics, rollout: Rollout) -> None:
-    """How each reward ended, and how long it took."""
-    for name, verdict in rollout.verdicts.items():
-        metrics.sum(f"reward/endings/{name}/{verdict.ending}", 1)
-        metrics.quantiles(f"reward/latency/{name}", [verdict.seconds])
+def _log_verdicts(metrics: Metrics, rollouts: Sequence[Rollout]) -> None:
+    """How each reward ended, how long it took, and the parts that it named."""
+    endings: Counter[str] = Counter()
+    seconds: defaultdict[str, list[float]] = defaultdict(list)
+    parts: defaultdict[str, list[float]] = defaultdict(list)
+    for rollout in rollouts:
+        for name, verdict in rollout.verdicts.items():
+            endings[f"reward/endings/{name}/{verdict.ending}"] += 1
+            seconds[f"reward/latency/{name}"].append(verdict.seconds)
+            if rollout.role == "policy":
+                for figure, value in verdict.parts.items():
+                    parts[f"reward/{name}/{figure}"].append(value)
+    for name, count in endings.items():
+        metrics.sum(name, count)
+    for name, values in seconds.items():
+        metrics.quantiles(name, values)
+    for name, values in parts.items():
+        metrics.means(name, values)
 
 
-def _log_turns(metrics: Metrics, rollout: Rollout) -> None:
-    """Who wrote how much of an answer that a rollout function led."""
-    if not rollout.turns:
-        return
-    tools = [turn for turn in rollout.turns if turn.writer == "tool"]
-    length = sum(turn.num_tokens for turn in tools)
-    metrics.mean("tools/turns", len(rollout.turns) - len(tools))
-    metrics.mean("tools/calls", len(tools))
-    metrics.mean("tools/errors", sum(turn.error for turn in tools))
-    metrics.mean("tools/length", length)
+def _log_turns(metrics: Metrics, rollouts: Sequence[Rollout]) -> None:
+    """Who wrote how much of the answers that a rollout function led."""
+    led = [rollout.turns for rollout in rollouts if rollout.turns]
+    tools = [[turn for turn in turns if turn.writer == "tool"] for turns in led]
+    metrics.means("tools/turns", [len(turns) - len(calls) for turns, calls in zip(led, tools, strict=True)])
+    metrics.means("tools/calls", [len(calls) for calls in tools])
+    metrics.means("tools/errors", [sum(turn.error for turn in calls) for calls in tools])
+    metrics.means("tools/length", [sum(turn.num_tokens for turn in calls) for calls in tools])
 
 
-def _log_rollout(metrics: Metrics, rollout: Rollout, weights: Mapping[str, float]) -> None:
-    length = len(rollout.token_ids)
-    if rollout.role != "policy":
-        _log_helped(metrics, rollout)
-        return
-    metrics.sum("rollouts/num", 1)
-    metrics.sum("tokens/generated", rollout.num_written)
-    metrics.mean("rollouts/length_mean", length)
-    metrics.max("rollouts/length_max", length)
-    metrics.mean("rollouts/truncated_frac", float(rollout.truncated))
-    if rollout.interrupted:
-        metrics.sum("rollouts/interrupted", 1)
-    if rollout.reward is not None:
-        metrics.mean("reward/mean", rollout.reward)
-        own = sum(weight * (rollout.reward_parts.get(name) or 0.0) for name, weight in weights.items())
-        metrics.mean("reward/solved_frac", float(own >= sum(weights.values())))
-    for name, part in rollout.reward_parts.items():
-        if part is None:
-            metrics.sum(f"reward/unjudged/{name}", 1)
-        else:
-            metrics.mean(f"reward/{name}", part)
-    for name, verdict in rollout.verdicts.items():
-        for figure, value in verdict.parts.items():
-            metrics.mean(f"reward/{name}/{figure}", value)
+def _log_alone(metrics: Metrics, rollouts: Sequence[Rollout], weights: Mapping[str, float]) -> None:
+    """What the policy wrote without help: a column at a time, as there are many rows."""
+    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    metrics.sum("rollouts/num", len(rollouts))
+    metrics.sum("tokens/generated", sum(rollout.num_written for rollout in rollouts))
+    metrics.means("rollouts/length_mean", lengths)
+    metrics.max("rollouts/length_max", max(lengths))
+    metrics.means("rollouts/truncated_frac", [float(rollout.truncated) for rollout in rollouts])
+    if interrupted := sum(rollout.interrupted for rollout in rollouts):
+        metrics.sum("rollouts/interrupted", interrupted)
+    judged = [rollout for rollout in rollouts if rollout.reward is not None]
+    metrics.means("reward/mean", [rollout.reward for rollout in judged if rollout.reward is not None])
+    full = sum(weights.values())
+    own = [sum(w * (rollout.reward_parts.get(name) or 0.0) for name, w in weights.items()) for rollout in judged]
+    metrics.means("reward/solved_frac", [float(reward >= full) for reward in own])
+    for name in dict.fromkeys(name for rollout in rollouts for name in rollout.reward_parts):
+        parts = [rollout.reward_parts[name] for rollout in rollouts if name in rollout.reward_parts]
+        known = [part for part in parts if part is not None]
+        metrics.means(f"reward/{name}", known)
+        if len(known) < len(parts):
+            metrics.sum(f"reward/unjudged/{name}", len(parts) - len(known))
 
 
 def _log_helped(metrics: Metrics, rollout: Rollout) -> None:
@@ -141,6 +179,8 @@ def log_step(run: Run, step: int) -> dict[str, float]:
         metrics.mean("sync/gb_per_s", report.gb_per_s)
         metrics.mean("canary/logp_diff_mean", report.canary_mean)
         metrics.max("canary/logp_diff_max", report.canary_max)
+        for name, value in report.figures.items():
+            metrics.add(name, value)
         for name, value in run.curriculum.metrics().items():
             metrics.last(f"curriculum/{name}", value)
         for name, value in (run.objective.mismatch_figures() | run.objective.figures()).items():
@@ -170,6 +210,8 @@ def followed(run: Run, figures: Mapping[str, float]) -> dict[str, float]:
             found["capability/concentration"] = figures["rollouts/pass@1"] / best
         if (entropy := figures.get("policy/entropy")) is not None and math.isfinite(entropy):
             run.law.observe(entropy=entropy, success=figures["rollouts/pass@1"])
+    if {"pipeline/length_early", "pipeline/length_due"} <= figures.keys():
+        found["pipeline/length_bias"] = figures["pipeline/length_early"] - figures["pipeline/length_due"]
     if "policy/kl_ref" in figures and not run.objective.num_resets:
         found["policy/kl_start"] = figures["policy/kl_ref"]
     return found | run.law.figures()

@@ -1,7 +1,7 @@
 """What one step does to the probability of being correct, by what was drawn: BroRL's mass balance, arXiv:2510.01180.
 
-Shapes: `V` the vocabulary; `E` tokens of a group's rollouts at prefixes that they share; `K` those tokens, each counted
-once at its prefix; `S` the prefixes.
+Shapes: `V` the vocabulary; `E` tokens of rollouts at prefixes that those of a group share; `K` those tokens, each
+counted once at its prefix; `S` the prefixes; `G` groups; `N` rollouts.
 
 One softmax over tokens of which some are correct; N draws of it; a reward R_c for each drawn correct token, R_w for
 each drawn wrong one (R_w <= 0 <= R_c), 0 for what was not drawn. A gradient step of size eta on the surrogate
@@ -88,6 +88,10 @@ def theorem(
     )
 
 
+Answers = tuple[Sequence[Sequence[int]], Sequence[Sequence[float]], Sequence[bool | None]]
+"""Of a group: token ids, log-probs, and whether each passed."""
+
+
 def of_group(
     token_ids: Sequence[Sequence[int]], logp: Sequence[Sequence[float]], passed: Sequence[bool | None]
 ) -> Balance:
@@ -108,11 +112,26 @@ def of_group(
 
     A NaN in `logp`, where the policy did not write the token, ends a rollout. The cost is that of the shared tokens.
     """
-    judged = [(tuple(ids), logp[i], bool(passed[i])) for i, ids in enumerate(token_ids) if passed[i] is not None]
-    judged.sort(key=lambda rollout: rollout[0])
-    written = _shared_part([ids for ids, _, _ in judged], [logp for _, logp, _ in judged])
-    passed_E = torch.tensor([passed for _, _, passed in judged], dtype=torch.float64)[written.row_E]
-    return _balance(written, passed_E, total_length=sum(len(ids) for ids, _, _ in judged))
+    return of_groups([(token_ids, logp, passed)])[0]
+
+
+def of_groups(groups: Sequence[Answers]) -> list[Balance]:
+    """`of_group` of each (token_ids, logp, passed), worked out together: a step has many small ones."""
+    judged = [
+        (group, tuple(row), logp[i], bool(passed[i]))
+        for group, (token_ids, logp, passed) in enumerate(groups)
+        for i, row in enumerate(token_ids)
+        if passed[i] is not None
+    ]
+    judged.sort(key=lambda rollout: rollout[:2])
+    group_N, ids, logps, passes = zip(*judged, strict=True) if judged else ((), (), (), ())
+    written = _shared_part(group_N, ids, logps)
+    passed_E = torch.tensor(passes, dtype=torch.float64)[written.row_E]
+    group_E = torch.tensor(group_N, dtype=torch.int64)[written.row_E]
+    lengths = [0] * len(groups)
+    for group, row in zip(group_N, ids, strict=True):
+        lengths[group] += len(row)
+    return _balances(written, passed_E, group_E, lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +144,14 @@ class _Written:
     p_E: Tensor
 
 
-def _shared_part(ids: Sequence[tuple[int, ...]], logp: Sequence[Sequence[float]]) -> _Written:
-    """Each rollout up to its first token of its own. Sorted ids: two that share a prefix share it with all between."""
-    above = [0, *(_num_shared(one, two) for one, two in pairwise(ids))] if ids else []
-    lengths = [max(pair) + 1 for pair in zip(above, [*above[1:], 0], strict=True)] if ids else []
+def _shared_part(groups: Sequence[int], ids: Sequence[tuple[int, ...]], logp: Sequence[Sequence[float]]) -> _Written:
+    """Each rollout up to its first token of its own. Sorted ids: two that share a prefix share it with all between.
+
+    Rollouts of different groups do not even share the empty prefix.
+    """
+    rows = list(zip(groups, ids, strict=True))
+    above = [-1, *(_num_shared(one[1], two[1]) if one[0] == two[0] else -1 for one, two in pairwise(rows))][: len(rows)]
+    lengths = [max(0, *pair) + 1 for pair in zip(above, [*above[1:], -1], strict=False)]
     # The end of a rollout has no log-prob, but a place, so that no two below it seem to share more than they do.
     parts = [(*row[:length], math.nan)[:length] for row, length in zip(logp, lengths, strict=True)]
     row_E = torch.repeat_interleave(torch.arange(len(ids)), torch.tensor(lengths, dtype=torch.int64))
@@ -143,8 +166,8 @@ def _shared_part(ids: Sequence[tuple[int, ...]], logp: Sequence[Sequence[float]]
     return _Written(row_E[kept_E], state_E[kept_E], token_E[kept_E], logp_E[kept_E].exp())
 
 
-def _balance(written: _Written, passed_E: Tensor, *, total_length: int) -> Balance:
-    """The means over the states."""
+def _balances(written: _Written, passed_E: Tensor, group_E: Tensor, lengths: Sequence[int]) -> list[Balance]:
+    """The means over the states of each group, whose rollouts have `lengths` tokens in all."""
     _, state_E, n_S = torch.unique_consecutive(written.state_E, return_inverse=True, return_counts=True)
     _, token_E, n_K = torch.unique_consecutive(written.token_E, return_inverse=True, return_counts=True)
     state_K = torch.zeros_like(n_K).index_copy(0, token_E, state_E)
@@ -160,12 +183,18 @@ def _balance(written: _Written, passed_E: Tensor, *, total_length: int) -> Balan
     unsampled_S = s_S * (q_S * u_wrong - (1 - q_S) * u_correct)
     mixed_S = _sum_at(state_K, square_K * q_K * (1 - q_K), len(n_S))
     weight_S = torch.where(n_S >= 2, n_S, 0)
-    *terms, mixed = (
-        float((x_S * weight_S).sum() / weight_S.sum())
+    group_S = torch.zeros_like(n_S).index_copy(0, state_E, group_E)
+    weight_G = _sum_at(group_S, weight_S.double(), len(lengths))
+    means = [
+        (_sum_at(group_S, x_S * weight_S, len(lengths)) / weight_G).tolist()
         for x_S in (correct_S, incorrect_S, unsampled_S, q_S, s_S, mixed_S)
-    )
-    shared_frac = float(weight_S.sum()) / total_length if total_length else math.nan
-    return Balance(Terms(*terms), mixed, num_states=int((weight_S > 0).sum()), shared_frac=shared_frac)
+    ]
+    states_G = _sum_at(group_S, (weight_S > 0).long(), len(lengths))
+    found = zip(zip(*means, strict=True), states_G.tolist(), weight_G.tolist(), lengths, strict=True)
+    return [
+        Balance(Terms(*terms), mixed, num_states=states, shared_frac=weight / length if length else math.nan)
+        for (*terms, mixed), states, weight, length in found
+    ]
 
 
 def _num_shared(one: Sequence[int], two: Sequence[int]) -> int:

@@ -57,6 +57,16 @@ METRICS: dict[str, MetricInfo] = {
     "groups/spread_frac": MetricInfo("fraction", "mean", "groups whose rewards are not all equal"),
     "groups/all_solved_frac": MetricInfo("fraction", "mean", "groups without spread in which every answer passed"),
     "groups/none_solved_frac": MetricInfo("fraction", "mean", "groups without spread in which no answer passed"),
+    "pipeline/waiting": MetricInfo("groups", "sum", "groups on their way to later steps"),
+    "pipeline/held": MetricInfo("groups", "sum", "groups with answers that are to be continued", "arXiv:2501.12599"),
+    "pipeline/age_mean": MetricInfo("steps", "mean", "steps between the beginning of a group and its training"),
+    "pipeline/age_max": MetricInfo("steps", "max", "the same of the oldest group"),
+    "pipeline/length_early": MetricInfo("tokens", "mean", "answer that is trained before its last moment"),
+    "pipeline/length_due": MetricInfo("tokens", "mean", "answer that is trained at its last moment"),
+    "pipeline/length_bias": MetricInfo(
+        "tokens", "last", "length_early - length_due: below 0, short answers are fresher"
+    ),
+    "pipeline/several_versions_frac": MetricInfo("fraction", "mean", "answers that several policy versions wrote"),
     "rollouts/num": MetricInfo("rollouts", "sum", "rollouts generated"),
     "rollouts/interrupted": MetricInfo("rollouts", "sum", "rollouts whose thinking the run ended"),
     "rollouts/discarded": MetricInfo("rollouts", "sum", "rollouts generated and not trained on"),
@@ -202,6 +212,11 @@ METRICS: dict[str, MetricInfo] = {
     "sync/gb_per_s": MetricInfo("10^9 bytes/s", "mean", "rate of the sync, over ranks"),
     "canary/logp_diff_mean": MetricInfo("nats", "mean", "|trainer - generator| log-prob of the fixed prompt"),
     "canary/logp_diff_max": MetricInfo("nats", "max", "largest |trainer - generator| log-prob of the fixed prompt"),
+    "servers/alive": MetricInfo("servers", "sum", "generator servers that had the step's weights when they were given"),
+    "servers/resent": MetricInfo("rollouts", "sum", "asked of another server since the last weights: one was lost"),
+    "servers/update_s": MetricInfo(
+        "s", "max", "a weight update as servers see it: shut, loaded, proved, open; slowest rank"
+    ),
     "memory/peak_gib": MetricInfo("GiB", "max", "largest memory in use in any phase since the last step, fullest rank"),
     "memory/peak_gib/*": MetricInfo("GiB", "max", "largest memory in use in this phase: a GPU's, or the process's own"),
     "curriculum/*": MetricInfo("1", "last", "what the curriculum reports of itself"),
@@ -250,6 +265,11 @@ class Metrics:
     def mean(self, name: str, value: float, weight: float = 1.0) -> None:
         """Add to a weighted mean: sum(w v) / sum(w)."""
         self._add(name, "mean", value * weight if weight else 0.0, weight)
+
+    def means(self, name: str, values: Sequence[float]) -> None:
+        """Add many values to a mean at once."""
+        if values:
+            self._add(name, "mean", sum(values), len(values))
 
     def sum(self, name: str, value: float) -> None:
         """Add to a sum over ranks."""

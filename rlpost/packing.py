@@ -144,6 +144,8 @@ class _Page:
         self.position_BT[b, own:end] = torch.arange(skipped, len(ids))
         self.target_BT[b, own : end - 1] = ids[skipped + 1 :]
         self.version_BT[b, own:end] = document.version
+        for first, version in document.later_versions:  # a position speaks of the token that follows
+            self.version_BT[b, end - len(document.token_ids) - 1 + first : end] = version
         self.off_policy_BT[b, own:end] = document.off_policy
         self.document_BT[b, own:end] = self.num_documents
         self.num_documents += 1

@@ -23,6 +23,7 @@ from rlpost.cluster_recipe import Failure, Preempt, Watchdog
 from rlpost.errors import RecipeError
 from rlpost.model_recipe import InitModel, Lora, Model
 from rlpost.plugins import did_you_mean, make_importable
+from rlpost.server_recipe import Servers
 from rlpost.synth_recipe import Synth
 from rlpost.task_recipe import Evaluation, Prompting, Tasks, TaskSource
 from rlpost.yaml_tree import expand, override, parse
@@ -43,6 +44,10 @@ class SamplingRecipe:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    repeats: int | None = None
+    """End an answer that goes round in circles: its last piece, of at most `repeat_tokens` tokens, has come so many
+    times in a row. It counts as truncated. null: never."""
+    repeat_tokens: int = 64
 
 
 @dataclass
@@ -59,7 +64,8 @@ class ExploreBudget:
 class GeneratorRecipe:
     """Who samples rollouts, and with how much memory."""
 
-    kind: Literal["local_vllm", "hf"] = "local_vllm"
+    kind: Literal["local_vllm", "remote_vllm", "hf"] = "local_vllm"
+    """vLLM in the trainer's process, vLLM servers apart from it, or plain transformers."""
     memory_frac: float = 0.45
     """Share of each GPU that vLLM takes (GPU only)."""
     kv_cache_gib: float = 2.0
@@ -69,6 +75,14 @@ class GeneratorRecipe:
     seeding: Literal["call", "request"] = "call"
     """`call`: one seed a step and rank, fastest. `request`: one a rollout, so that rollouts do not depend on the
     number of ranks (up to rounding)."""
+    max_staleness: int = 0
+    """Steps that rollouts may be begun ahead of the step that trains them. With servers (`concurrent` generators) they
+    are written while the trainer trains; others write them in turn. 0: each step is trained on its own policy's."""
+    first_come: bool = False
+    """Train the groups that are whole first, and none later than `max_staleness` allows, half of which is room for
+    overtaking; else in the order in which they were begun, so that long answers are as fresh as short ones."""
+    partial_tokens: int | None = None
+    """Tokens of an answer that are written in one step; the rest follows in the next ones. null: all."""
     sleep_level: Literal[0, 1, 2] = 1
     """What vLLM gives back while training (GPU only): 0 nothing, 1 weights to the CPU and the cache, 2 both dropped."""
     enforce_eager: bool | None = None
@@ -77,7 +91,9 @@ class GeneratorRecipe:
     """Largest allowed mean |trainer - generator| log-prob of the canary, in nats; None: 1e-3 in float32, 0.2 in
     bfloat16, where rounding alone gives 0.08 through the 30 layers of SmolLM2-135M."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of `vllm.LLM`."""
+    """Further arguments of `vllm.LLM`, or of a server."""
+    servers: Servers = field(default_factory=Servers)
+    """Of `remote_vllm`."""
 
 
 @dataclass

@@ -39,4 +39,9 @@ def rollout_problems(recipe: Recipe) -> list[str]:
             "algorithm.interruption.text must be null with rollout (got both): the rollout function decides what "
             "follows an answer that was cut off; ask once more with talk.generate there, or leave rollout out"
         )
+    if recipe.rollout is not None and recipe.generator.partial_tokens is not None:
+        problems.append(
+            f"generator.partial_tokens must be null with rollout (got {recipe.generator.partial_tokens}): an answer "
+            "that waits for a tool cannot be kept for a later step; leave one of them out"
+        )
     return problems

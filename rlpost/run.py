@@ -36,15 +36,17 @@ from rlpost.objective import Objective
 from rlpost.packing import Packer, make_packer
 from rlpost.parking import Parking, park_of
 from rlpost.peak import gauge_of
+from rlpost.pipeline import Pipeline
 from rlpost.plugins import bind
 from rlpost.policy import load_policy, uses_flash_attention
 from rlpost.random_state import seed_all
-from rlpost.recipe import Recipe
+from rlpost.recipe import GeneratorRecipe, Recipe
 from rlpost.render import Renderer, check_lengths, generation_eos_ids, load_tokenizer
 from rlpost.reward_recipe import bind_rewards
 from rlpost.rollout_recipe import bind_rollout
 from rlpost.samples import Samples
 from rlpost.score import Rewards
+from rlpost.servers.start import Started, start_servers
 from rlpost.sft import base_model
 from rlpost.shards import Write
 from rlpost.task_filters import of_length
@@ -84,6 +86,7 @@ class Run:
     noise: NoiseScale
     trackers: Trackers
     samples: Samples
+    pipeline: Pipeline
     chosen: Chosen
     checkpoints: Checkpoints
     lookout: Lookout = field(default_factory=Lookout)
@@ -107,7 +110,7 @@ class Run:
     def close(self) -> None:
         """End what lives beside the loop, the generator last."""
         with ExitStack() as ends:
-            for part in (self.generator, self.trackers, self.checkpoints, self.rewards):
+            for part in (self.generator, self.trackers, self.checkpoints, self.rewards, self.pipeline):
                 ends.callback(part.close)
 
     @property
@@ -164,7 +167,9 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
     folder = open_run(recipe, world)
     with clock("sft"):
         model = base_model(recipe, world) if recipe.sft else start
+    servers = start_servers(recipe, model, folder, world)  # which takes as long as what follows
     engine, reference, critic = make_engines(recipe, model, world)
+    generator = make_generator(recipe, model, renderer, train_tasks[0], engine, servers=servers)
     accounts = make_accounts(recipe, engine, critic, by_document=uses_flash_attention(recipe.model))
     return Run(
         recipe=recipe,
@@ -174,7 +179,7 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
         clock=clock,
         curriculum=curriculum,
         renderer=renderer,
-        generator=Counted(make_generator(recipe, model, renderer, train_tasks[0], engine), accounts, clock),
+        generator=Counted(generator, accounts, clock),
         sampling=sampling,
         rewards=rewards,
         explorers=make_explorers(recipe, renderer, sampling),
@@ -189,6 +194,7 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
         noise=NoiseScale(world, every=recipe.logging.noise_every, group_size=recipe.sampling.group_size),
         trackers=Trackers(folder, recipe, world),
         samples=Samples(folder, recipe.logging.samples_per_step),
+        pipeline=make_pipeline(recipe.generator, in_threads=generator.concurrent),
         chosen=make_chosen(recipe, folder, train_tasks, world),
         checkpoints=make_checkpoints(recipe, folder, world),
         task_keys=frozenset(task.key for task in train_tasks),
@@ -217,6 +223,7 @@ def _restore(run: Run) -> None:
         run.curriculum.load_state_dict(state["curriculum"])
         run.explorers.load_state_dict(state["explorers"])
         run.frontier.load_state_dict(state["frontier"])
+        run.pipeline.load_state_dict(state.get("pipeline", {}), run.world)
         run.clock.load_state_dict(state["clock"])
         run.accounts.load_state_dict(state["accounts"])
         run.noise.load_state_dict(state["noise"])
@@ -238,6 +245,12 @@ def make_checkpoints(recipe: Recipe, folder: Path, world: World) -> Checkpoints:
     background = world.apart() if recipe.save_in_background else None
     keep, keep_every = recipe.keep_checkpoints, recipe.keep_every
     return Checkpoints(folder, world, keep=keep, keep_every=keep_every, background=background)
+
+
+def make_pipeline(recipe: GeneratorRecipe, *, in_threads: bool) -> Pipeline:
+    """Where rollouts are on their way."""
+    how = {"first_come": recipe.first_come, "partial": recipe.partial_tokens is not None, "in_threads": in_threads}
+    return Pipeline(ahead=recipe.max_staleness, **how)
 
 
 def make_renderer(recipe: Recipe, model: Path) -> Renderer:
@@ -265,7 +278,8 @@ def training_sampling(recipe: Recipe, tasks: list[Task], renderer: Renderer) -> 
     asked = recipe.sampling
     check_room(recipe, tasks, renderer, asked.max_new_tokens, "tasks.train")
     how = asked.temperature, asked.top_p, asked.top_k
-    return Sampling(asked.max_new_tokens, *how, stop_ids=renderer.stop_ids, rollout=bind_rollout(recipe))
+    repeats = None if asked.repeats is None else (asked.repeats, asked.repeat_tokens)
+    return Sampling(asked.max_new_tokens, *how, renderer.stop_ids, repeats, rollout=bind_rollout(recipe))
 
 
 def check_room(recipe: Recipe, tasks: list[Task], renderer: Renderer, max_new_tokens: int, where: str) -> None:
@@ -344,7 +358,15 @@ def make_accounts(recipe: Recipe, engine: Engine, critic: Critic | None, *, by_d
     )
 
 
-def make_generator(recipe: Recipe, model: Path, renderer: Renderer, first_task: Task, engine: Engine) -> Generator:
+def make_generator(
+    recipe: Recipe,
+    model: Path,
+    renderer: Renderer,
+    first_task: Task,
+    engine: Engine,
+    *,
+    servers: Started | None = None,
+) -> Generator:
     """The generator that the recipe names, with a canary cut from the first training prompt."""
     tolerance, world = recipe.generator.canary_tolerance, engine.world
     assert tolerance is not None
@@ -354,6 +376,10 @@ def make_generator(recipe: Recipe, model: Path, renderer: Renderer, first_task: 
         from rlpost.generate.hf import HfGenerator
 
         return HfGenerator(recipe, renderer, canary, world)
+    if servers is not None:
+        from rlpost.generate.remote_vllm import RemoteVllm
+
+        return RemoteVllm(recipe, renderer, canary, world, servers)
     from rlpost.generate.local_vllm import LocalVllm
 
     with engine.parking.making_room():

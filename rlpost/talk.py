@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlpost.seeds import seed_of
+from rlpost.stop_texts import first_stop
 from rlpost.types import FinishReason, Request, Rollout, Sampling, Turn
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ class Talk:
         self.task = request.task
         """The problem."""
         self._renderer, self._sampling, self._tools = renderer, sampling, tools
-        self._version = -1
-        self._begun = 0
+        self._versions: list[tuple[int, int]] = []
+        self._known = 0
         self._moved: Callable[[], object] = bool
 
     @property
@@ -130,33 +131,34 @@ class Talk:
         seed, prompt_ids = self.seed, (*self.request.prompt_ids, *self.token_ids)
         if self.turns:
             seed = seed_of(f"{self.seed}:{len(self.turns)}")
-        return Request(self.request.group, self.task, prompt_ids, n, seed, max_new_tokens=limit, begun=self._begun)
+        return Request(self.request.group, self.task, prompt_ids, n, seed, limit=limit, known=self._known)
 
     def take(self, answer: Rollout) -> None:
-        """Go on with what the policy wrote."""
+        """Go on with what the policy wrote, up to the limit and the first stop text, wherever the generator ended."""
         wish = self.wish
         assert wish is not None
-        ids, logp, ended = answer.token_ids[: wish.limit], answer.behavior_logp[: wish.limit], answer.finish_reason
+        ids, ended, stop = answer.token_ids[: wish.limit], answer.finish_reason, None
         if len(ids) < len(answer.token_ids):
             ended = "length"
-        text, stop = self._renderer.decode(ids), None
-        if ended == "stop" and ids[-1] not in self._sampling.stop_ids:
-            stop = next((one for one in wish.stop if one in text), None)
-        if self.finish is None:
-            self._version = answer.version
-        turn = Turn("policy", text, len(ids), ended=ended, stop=stop)
-        self._add(turn, ids, logp)
+        if (found := first_stop(ids, wish.stop, self._renderer.decode)) is not None:
+            length, stop = found
+            ids, ended = ids[:length], "stop"
+        done = len(self.token_ids)
+        for first, version in answer.versions:
+            if first < len(ids) and (not self._versions or self._versions[-1][1] != version):
+                self._versions.append((done + first if self._versions else 0, version))
+        turn = Turn("policy", self._renderer.decode(ids), len(ids), ended=ended, stop=stop)
+        self._add(turn, ids, answer.behavior_logp[: len(ids)])
         self.finish, self.wish = ended, None
-        self._begun = len(self.request.prompt_ids) + len(self.token_ids) - 1
+        self._known = len(self.request.prompt_ids) + len(self.token_ids) - 1
         if not wish.answer.done():
             wish.answer.set_result(turn)
 
     def rollout(self) -> Rollout:
         """The whole answer."""
         assert self.finish is not None
-        made = self.request.rollout(
-            self.token_ids, self.logp, finish_reason=self.finish, version=self._version, text=self.text
-        )
+        spans = tuple(self._versions) or -1
+        made = self.request.rollout(self.token_ids, self.logp, finish_reason=self.finish, version=spans, text=self.text)
         made.turns = tuple(self.turns)
         return made
 

@@ -77,7 +77,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     recipe, clock, metrics, engine, critic = run.recipe, run.clock, run.metrics, run.engine, run.critic
     groups = gather(run, step)
     with clock("score"):
-        documents = score_documents(run, documents_of(groups, train_truncated=recipe.algorithm.truncated == "keep"))
+        cut, earlier = recipe.algorithm.truncated == "keep", recipe.algorithm.earlier == "train"
+        documents = score_documents(run, documents_of(groups, train_truncated=cut, train_earlier=earlier))
         documents = with_behavior(run, documents)
         run.objective.begin(documents)
     with clock("batch"):
@@ -214,6 +215,7 @@ def saved_on_failure(run: Run, step: int) -> Iterator[None]:
     updates, next_group = run.engine.updates, run.next_group
     listeners = run.curriculum, run.explorers, run.objective
     run.frontier.begin()
+    run.pipeline.begin_step()
     dice = random_state(run.world.device)
     with kept_in_memory():
         states = [listener.state_dict() for listener in listeners]
@@ -225,6 +227,7 @@ def saved_on_failure(run: Run, step: int) -> Iterator[None]:
         for listener, state in zip(listeners, states, strict=True):
             listener.load_state_dict(state)
         run.frontier.undo()
+        run.pipeline.undo()
         run.next_group = next_group
         set_random_state(dice, run.world.device)
         save(run, step)
@@ -284,6 +287,7 @@ def save(run: Run, step: int, *, wait: bool = True) -> None:
             "curriculum": run.curriculum.state_dict(),
             "explorers": run.explorers.state_dict(),
             "frontier": run.frontier.state_dict(),
+            "pipeline": run.pipeline.state_dict(run.world),
             "next_group": run.next_group,
             "objective": run.objective.state_dict(),
             "clock": run.clock.state_dict(),

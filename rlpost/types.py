@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "repetition", "abort"]
+"""Why an answer ended: it was over, it had no tokens left, it went round in circles, or the generator gave it up."""
 Ending = Literal["ok", "wrong", "unparsable", "timeout", "crash", "error"]
 """Of a reward on one rollout: it gave 1 or more; less; it found nothing to judge, or could not judge; it took too long;
 its process died or ran out of memory; it raised, or returned no number."""
+Spans = tuple[tuple[int, int], ...]
+"""Which policy version wrote which tokens: (first token, version), the earliest first, up to where the next begins."""
 FAILED: tuple[Ending, ...] = ("timeout", "crash", "error")
 """Where the reward is to blame, and not the answer."""
 Role = Literal["policy", "guided", "expert"]
@@ -65,6 +68,8 @@ class Sampling:
     top_k: int = 0
     """0: the whole vocabulary."""
     stop_ids: tuple[int, ...] = ()
+    repeats: tuple[int, int] | None = None
+    """(n, m): an answer ends once its last m or fewer tokens have come n times in a row; None: it may go on."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer as well: the token that completes one is its last."""
     rollout: Callable[[Any], Awaitable[None]] | None = None
@@ -96,18 +101,14 @@ class Request:
     """Of the hint, from 1 (the weakest) on; 0: none."""
     given: str | None = None
     """The answer itself, which is then not generated."""
-    max_new_tokens: int | None = None
-    """At most so many, where the sampling allows more."""
-    begun: int = 0
+    limit: int | None = None
+    """Tokens of each of these rollouts, where that is less than the sampling allows."""
+    known: int = 0
     """So many tokens of the prompt were computed for this answer by an earlier call."""
 
-    def limit(self, sampling: Sampling) -> int:
-        """How many tokens an answer to this request may have.
-
-        >>> Request(0, Task("a", "1+1="), (5, 6), n=1, seed=0, max_new_tokens=8).limit(Sampling(64))
-        8
-        """
-        return min(sampling.max_new_tokens, self.max_new_tokens or sampling.max_new_tokens)
+    def max_new_tokens(self, sampling: Sampling) -> int:
+        """How long an answer to this request may be."""
+        return sampling.max_new_tokens if self.limit is None else min(self.limit, sampling.max_new_tokens)
 
     def rollout(
         self,
@@ -115,10 +116,11 @@ class Request:
         behavior_logp: Sequence[float],
         *,
         finish_reason: FinishReason,
-        version: int,
+        version: int | Spans,
         text: str,
     ) -> Rollout:
-        """An answer to this request."""
+        """An answer to this request; `version` wrote all of it, or each span was written by another."""
+        first, *later = ((0, version),) if isinstance(version, int) else version
         return Rollout(
             task=self.task,
             group=self.group,
@@ -127,7 +129,8 @@ class Request:
             token_ids=tuple(token_ids),
             behavior_logp=tuple(behavior_logp),
             finish_reason=finish_reason,
-            version=version,
+            version=first[1],
+            later_versions=tuple(later),
             text=text,
             role=self.role,
             hint=self.hint,
@@ -216,6 +219,8 @@ class Rollout:
     finish_reason: FinishReason
     version: int
     """The policy version (optimizer-step count at the last weight sync) that wrote the tokens."""
+    later_versions: Spans = ()
+    """Spans that later versions wrote: the weights changed while the answer was being written."""
     text: str = ""
     role: Role = "policy"
     hint: str = ""
@@ -245,14 +250,19 @@ class Rollout:
         return sum(not math.isnan(logp) for logp in self.behavior_logp)
 
     @property
+    def versions(self) -> Spans:
+        """Which policy version wrote which tokens."""
+        return ((0, self.version), *self.later_versions)
+
+    @property
     def off_policy(self) -> bool:
         """Whether the loss conditions on less than the writer knew, or the writer was not the policy."""
         return self.role == "expert" or self.prompt_ids != self.sampled_prompt_ids
 
     @property
     def truncated(self) -> bool:
-        """Whether the answer ran into the length limit."""
-        return self.finish_reason == "length"
+        """Whether the answer ran into the length limit, or would have: it repeated itself."""
+        return self.finish_reason in ("length", "repetition")
 
     @property
     def passed(self) -> bool | None:
@@ -279,6 +289,10 @@ class Group:
     """Of the problem alone."""
     seed: int = 0
     """Rollout i of the group is drawn with seed + i, in however many requests it was asked for."""
+    begun: int = 0
+    """The step in which it was begun: earlier than the one that trains it where rollouts are made ahead."""
+    version: int = 0
+    """Of the policy when it was begun."""
     left_out: list[Rollout] = field(default_factory=list)
     """Rollouts that an explorer has taken out: generated, and neither trained nor in the group's statistics."""
 

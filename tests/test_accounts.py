@@ -132,7 +132,7 @@ def test_a_later_turn_finds_what_an_earlier_one_has_computed() -> None:
     wrapped = Counted(inner, found, clock)  # type: ignore[arg-type]
     with clock("generate"):  # a prompt of 9, 3 tokens of the policy, 4 of a tool, 5 of the policy
         wrapped.generate([Request(0, Task("a", "a"), (1,) * 9, n=1, seed=0)], Sampling(9))
-        wrapped.generate([Request(0, Task("a", "a"), (1,) * 16, n=1, seed=0, begun=11)], Sampling(9))
+        wrapped.generate([Request(0, Task("a", "a"), (1,) * 16, n=1, seed=0, known=11)], Sampling(9))
     logged = ledger(found)
     assert logged["tokens/prompt"] == 9 + 5  # the last token of the first turn comes with those of the tool
     first = COSTS.forward(positions=11, pairs=causal_pairs([11]), logits=3)

@@ -247,6 +247,24 @@ def test_a_group_without_documents_keeps_its_place_among_the_parts():
     assert [len(part) for part in in_parts(documents, [1, 2], 2)] == [0, 2]
 
 
+def test_a_token_carries_the_version_that_wrote_it_where_it_is_predicted():
+    mixed = Document((5, 6), (7, 8, 3, 1), (-0.1,) * 4, version=4, later_versions=((1, 5), (3, 7)))
+    alone = packer().micro([[mixed]], 8)
+    assert alone.version_BT[alone.mask_BT].tolist() == [4, 5, 5, 7]
+    shared = packer().micros([replace(mixed, group=1), replace(mixed, group=1, later_versions=())])
+    assert [one.version_BT[one.mask_BT].tolist() for one in shared] == [[4, 5, 5, 7, 4, 4, 4, 4]]
+
+
+def test_what_an_older_policy_began_is_context_where_the_recipe_says_so():
+    [rollout] = group(0, [1.0]).rollouts
+    rollout = replace(rollout, token_ids=(7, 8, 1), behavior_logp=(-0.5, -0.25, -1.0), later_versions=((2, 9),))
+    assert rollout.versions == ((0, 3), (2, 9))
+    assert document(rollout).trained == [True, True, True]
+    assert document(rollout, train_earlier=False).trained == [False, False, True]
+    assert document(replace(rollout, later_versions=()), train_earlier=False).trained == [True, True, True]
+    assert not any(document(replace(rollout, reward=None), train_earlier=False).trained)
+
+
 def test_t38_an_unjudged_rollout_keeps_its_place_with_no_trained_token():
     judged, unjudged = documents_of([group(0, [1.0, None])])
     assert (judged.num_trained, judged.correct, judged.version, judged.group) == (2, True, 3, 0)

@@ -181,10 +181,10 @@ def zeros(stream):
 
 
 def reload(llm, weights):
-    from rlpost.generate.local_vllm import _repack_head
+    from rlpost.generate.local_vllm import repack_head
 
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-    llm.collective_rpc(_repack_head)
+    llm.collective_rpc(repack_head)
 
 
 def weights_are_there(worker):
@@ -244,7 +244,7 @@ def start_in_process_transfer(llm, source):
     from vllm.distributed.weight_transfer import WeightSource, WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.base import TrainerInitInfo
 
-    from rlpost.generate.local_vllm import _repack_head
+    from rlpost.generate.local_vllm import repack_head
 
     class Client:
         def init_weight_transfer_engine(self, init_info):
@@ -258,7 +258,7 @@ def start_in_process_transfer(llm, source):
 
         def finish_weight_update(self, weight_version=None):
             llm.finish_weight_update(weight_version)
-            llm.collective_rpc(_repack_head)
+            llm.collective_rpc(repack_head)
 
     @dataclass
     class InProcess(TrainerInitInfo):

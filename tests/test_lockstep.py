@@ -6,6 +6,7 @@ import asyncio
 import math
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from rlpost.errors import Preempted, RunError
 from rlpost.losses import ppo_clip, weighted_sum
 from rlpost.packing import Packer
 from rlpost.preempt import preemption
+from rlpost.saved_groups import group_of, saved
 from rlpost.turns.calculator import calculator
-from rlpost.types import Request, Sampling, Task, Turn
+from rlpost.types import Group, Request, Sampling, Task, Turn
 
 END = 0
 TASKS = [Task("a", "1+1="), Task("b", "2+2="), Task("c", "3+3=")]
@@ -38,7 +40,7 @@ class Scripted:
         text = self.says("".join(map(chr, request.prompt_ids)), i)
         ends = [text.index(stop) + len(stop) for stop in sampling.stop if stop in text]
         ids = [*map(ord, text[: min(ends)])] if ends else [*map(ord, text), END]
-        limit = request.limit(sampling)
+        limit = request.max_new_tokens(sampling)
         reason = "stop" if len(ids) <= limit else "length"
         ids = ids[:limit]
         return request.rollout(ids, [-1.0] * len(ids), finish_reason=reason, version=3, text="")
@@ -106,10 +108,10 @@ def test_prompts_and_seeds_of_later_turns_follow_from_the_answer_alone():
     rollouts, alone = ask(brackets, by_calls)
     _, together = ask(brackets, by_calls, tasks=TASKS)
     first, second, third = (requests[0] for requests, _ in alone.calls)
-    assert (first.seed, first.n, first.begun) == (100, 2, 0)
+    assert (first.seed, first.n, first.known) == (100, 2, 0)
     prompt = len("1+1=")
     assert second.prompt_ids == (*first.prompt_ids, *rollouts[0].token_ids[:6]) and third.n == second.n == 1
-    assert (second.begun, third.begun) == (prompt + 5 - 1, prompt + 11 - 1)  # all but the last written one
+    assert (second.known, third.known) == (prompt + 5 - 1, prompt + 11 - 1)  # all but the last written one
     assert len({first.seed, second.seed, third.seed}) == 3
     for (requests, _), (more, _) in zip(alone.calls, together.calls, strict=True):
         assert requests[0] == more[0]
@@ -169,6 +171,38 @@ def test_a_turn_s_own_limit_binds_also_where_a_generator_does_not_know_of_it():
     sampling = Sampling(40, stop_ids=(END,), rollout=short)
     [one] = answers(Deaf(lambda prompt, i: "12345"), Letters(), [Request(0, TASKS[0], (1,), 1, seed=0)], sampling)
     assert (one.text, one.behavior_logp, ended) == ("123", (-1.0,) * 3, ["length"]) and one.truncated
+
+
+def test_a_stop_text_binds_also_where_a_generator_goes_on_behind_it():
+    class Deaf(Scripted):
+        def _one(self, request, i, sampling):
+            return super()._one(request, i, replace(sampling, stop=()))
+
+    def says(prompt, i):
+        return by_calls(prompt, i) + (" [9+9]" if by_calls(prompt, i).endswith("]") else "")
+
+    rollouts, _ = ask(brackets, says)
+    deaf = Deaf(says)
+    sampling = Sampling(40, stop_ids=(END,), rollout=brackets)
+    again = answers(deaf, Letters(), [Request(0, TASKS[0], Letters().prompt_ids(TASKS[0]), 2, seed=100)], sampling)
+    assert [repr(one) for one in again] == [repr(one) for one in rollouts]  # NaN is not itself, and reads the same
+    assert again[0].turns[0] == Turn("policy", "[1+1]", 5, stop="]")
+
+
+def test_each_token_keeps_the_version_that_wrote_it():
+    class Moving(Scripted):
+        def _one(self, request, i, sampling):
+            one = super()._one(request, i, sampling)
+            first = 3 + len(self.calls)
+            return replace(one, version=first, later_versions=((2, 5), (4, 6)) if first == 4 else ())
+
+    generator = Moving(by_calls)
+    sampling = Sampling(40, stop_ids=(END,), rollout=brackets)
+    [one] = answers(generator, Letters(), [Request(0, TASKS[0], (1,), 1, seed=0)], sampling)
+    # [1+1]2 by 4, 5 from the second token on, 6 from the last on; [2+2]4 by 5; #4 by 6
+    assert one.versions == ((0, 4), (2, 5), (4, 6), (6, 5), (12, 6))
+    [again] = group_of(saved(Group(0, TASKS[0], []), [one])).rollouts
+    assert repr(again) == repr(one)
 
 
 def test_tools_of_many_answers_run_beside_each_other():

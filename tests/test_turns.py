@@ -174,3 +174,6 @@ def test_a_function_of_a_user_s_is_bound_and_interruption_refused(mylab):
     recipe.algorithm.interruption.text = "enough"
     [problem] = rollout_problems(recipe)
     assert problem.startswith("algorithm.interruption.text must be null with rollout (got both)")
+    recipe.algorithm.interruption.text, recipe.generator.partial_tokens = None, 8
+    [problem] = rollout_problems(recipe)
+    assert problem.startswith("generator.partial_tokens must be null with rollout (got 8)")
