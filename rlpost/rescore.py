@@ -19,7 +19,8 @@ from rlpost.errors import RecipeError, RunError
 from rlpost.history import lines_of
 from rlpost.plugins import make_importable
 from rlpost.reward_recipe import bind_rewards
-from rlpost.types import Group, Rollout, Task, Turn
+from rlpost.talk import Turn
+from rlpost.types import Group, Rollout, Task
 
 DROP = Failure(reward="drop")
 """A failure is counted and shown here, and ends nothing."""

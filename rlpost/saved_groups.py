@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rlpost.types import Group, Rollout, Task, Turn
+from rlpost.talk import Turn
+from rlpost.types import Group, Rollout, Task
 
 PLAIN = ("finish_reason", "version", "text", "role", "hint", "level", "interrupted")
 """Fields of a rollout that are saved as they are; what comes after generation, such as rewards, is worked out again."""

@@ -12,19 +12,39 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rlpost.seeds import seed_of
 from rlpost.stop_texts import first_stop
-from rlpost.types import FinishReason, Request, Rollout, Sampling, Turn
+from rlpost.types import FinishReason, Request, Rollout, Sampling
 
 if TYPE_CHECKING:
     from rlpost.render import Renderer
 
 T = TypeVar("T")
+Writer = Literal["policy", "tool"]
 
 TOOL_S = 60.0
 """How long a tool may take, where nothing else is said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A part of an answer over several calls of the generator, which one writer wrote.
+
+    >>> Turn("policy", "<calc>6*7</calc>", num_tokens=7, stop="</calc>").ended
+    'stop'
+    """
+
+    writer: Writer
+    text: str
+    num_tokens: int
+    ended: FinishReason = "stop"
+    """Of the policy: `length` where it was cut off."""
+    stop: str | None = None
+    """The text of `Sampling.stop` that ended it; None: an end token, or the length."""
+    error: bool = False
+    """Of a tool: it says that it failed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rlpost.talk import Turn
+
 FinishReason = Literal["stop", "length", "repetition", "abort"]
 """Why an answer ended: it was over, it had no tokens left, it went round in circles, or the generator gave it up."""
 Ending = Literal["ok", "wrong", "unparsable", "timeout", "crash", "error"]
@@ -29,7 +31,6 @@ FAILED: tuple[Ending, ...] = ("timeout", "crash", "error")
 """Where the reward is to blame, and not the answer."""
 Role = Literal["policy", "guided", "expert"]
 """Who wrote an answer: the policy on the problem alone, the policy with a hint beside it, or somebody else."""
-Writer = Literal["policy", "tool"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,25 +176,6 @@ class Verdict:
     def failed(self) -> bool:
         """Whether the reward is to blame, and not the answer."""
         return self.ending in FAILED
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A part of an answer over several calls of the generator, which one writer wrote.
-
-    >>> Turn("policy", "<calc>6*7</calc>", num_tokens=7, stop="</calc>").ended
-    'stop'
-    """
-
-    writer: Writer
-    text: str
-    num_tokens: int
-    ended: FinishReason = "stop"
-    """Of the policy: `length` where it was cut off."""
-    stop: str | None = None
-    """The text of `Sampling.stop` that ended it; None: an end token, or the length."""
-    error: bool = False
-    """Of a tool: it says that it failed."""
 
 
 @dataclass(slots=True)

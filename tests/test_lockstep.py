@@ -19,8 +19,9 @@ from rlpost.losses import ppo_clip, weighted_sum
 from rlpost.packing import Packer
 from rlpost.preempt import preemption
 from rlpost.saved_groups import group_of, saved
+from rlpost.talk import Turn
 from rlpost.turns.calculator import calculator
-from rlpost.types import Group, Request, Sampling, Task, Turn
+from rlpost.types import Group, Request, Sampling, Task
 
 END = 0
 TASKS = [Task("a", "1+1="), Task("b", "2+2="), Task("c", "3+3=")]

@@ -5,7 +5,8 @@ from array import array
 from rlpost.report.rollouts import text_of
 from rlpost.rescore import rollout_of
 from rlpost.samples import Samples, best_and_worst, prompt_text, render, sample
-from rlpost.types import Group, Rollout, Task, Turn
+from rlpost.talk import Turn
+from rlpost.types import Group, Rollout, Task
 
 
 def rollout(reward, text="out", key="a"):
