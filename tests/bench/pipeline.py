@@ -3,8 +3,8 @@
 python -m tests.bench.pipeline --steps 12
 
 Answers have a heavy tail: tasks of 3 to 24 terms, most of them short, with a limit that cuts few. Runs of one base
-follow one another: servers with k = 0, with k = 1 and k = 2 in order, k = 2 first come, and vLLM in the trainer's process.
-A step counts with the median of a run, without its first two steps; the ratio is that of these medians.
+follow one another: servers with k = 0, with k = 1 and 2 in order, with k = 2 first come, and vLLM in the trainer's
+process. A step counts with the median of a run, without its first two steps; the ratio is that of these medians.
 """
 
 from __future__ import annotations

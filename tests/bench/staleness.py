@@ -71,7 +71,7 @@ def measure(arm: str, seed: int, out: Path, shared: Sequence[str]) -> dict[str, 
         "machine": summary["machine"],
         "git_commit": summary["git_commit"],
     }
-    for name in ("mismatch/kl_k3", "mismatch/ess_frac", "policy/entropy"):
+    for name in ("mismatch/k3", "mismatch/ess_frac", "policy/entropy"):
         if values := [step[name] for step in steps if name in step]:
             found[name] = statistics.mean(values)
     return found
@@ -80,7 +80,7 @@ def measure(arm: str, seed: int, out: Path, shared: Sequence[str]) -> dict[str, 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Held-out pass@1 by seed; differences in points, paired by seed, to the first arm and the same k uncorrected."""
     arms = [name for name in results[0] if name != "seed"]
-    keys = [key for key in ("mismatch/kl_k3", "mismatch/ess_frac") if key in results[0][arms[0]]]
+    keys = [key for key in ("mismatch/k3", "mismatch/ess_frac") if key in results[0][arms[0]]]
     heads = ["", "before", "after, by seed", "mean", "against k = 0", "against uncorrected", "updates", *keys]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for arm in arms:
