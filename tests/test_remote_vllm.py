@@ -24,6 +24,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 KEY = os.environ.get("RLPOST_SERVER_KEY", "secret-of-the-test")
 OWN = ("generator.kind=remote_vllm", "sft=null", "evaluation.n=1")
+SLOW = '''
+import time
+
+
+def rest(rollout) -> float:
+    """Leave the processor to a server that starts, and reward nothing."""
+    time.sleep(0.05)
+    return float(len(rollout.token_ids) % 2)
+'''
 SERVERS = ("generator.servers.replicas=2", "generator.servers.timeout_s=8")
 
 
@@ -207,8 +216,9 @@ def test_one_command_trains_through_servers_of_which_one_is_killed_and_one_stopp
     """Two ranks and two servers; in the middle of their answers one is killed, later the other does not go on."""
     lab = make_lab(tmp_path)
     log, metrics = lab / "log", lab / "runs/job/metrics.jsonl"
+    (lab / "mylab/slow.py").write_text(SLOW)
     command = [sys.executable, "-m", "rlpost.torchrun", "--standalone", "--nproc-per-node=2", "-m", "rlpost", "train"]
-    asked = ["name=job", f"run_dir={lab / 'runs'}", "steps=100000", "tasks.eval=null", "sampling.max_new_tokens=48"]
+    asked = ["name=job", "rewards=[{use: 'mylab.slow:rest', isolate: false}]", f"run_dir={lab / 'runs'}", "steps=100000", "tasks.eval=null", "sampling.max_new_tokens=48"]
     env = os.environ | {"RLPOST_SERVER_KEY": KEY, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with log.open("w") as out:
         own = [*OWN, *SERVERS, "generator.seeding=request", "sampling.group_size=16"]
