@@ -6,6 +6,7 @@ sync) has no products to speak of and is left out.
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -54,6 +55,7 @@ class Accounts:
         self.meter = meter or Meter({})
         self.totals: dict[str, float] = {}
         self._now: defaultdict[str, float] = defaultdict(float)
+        self._lock = threading.Lock()
 
     def passed(self, purpose: str, micro: Micro, *, trained: bool = False) -> None:
         """A forward pass over a micro-batch, and where it is `trained` the backward pass too."""
@@ -72,7 +74,11 @@ class Accounts:
             self._now["flops/needed_train"] += costs.needed(**needed) / self.sharing
 
     def generated(self, purpose: str, requests: Sequence[Request], rollouts: Sequence[Rollout], block: int) -> None:
-        """Answers of the generator to some requests, in their order."""
+        """Answers of the generator to some requests, in their order; also from a thread beside the loop."""
+        with self._lock:
+            self._generated(purpose, requests, rollouts, block)
+
+    def _generated(self, purpose: str, requests: Sequence[Request], rollouts: Sequence[Rollout], block: int) -> None:
         answers, costs = iter(rollouts), self.costs["policy"]
         for request in requests:
             completions = [len(next(answers).token_ids) for _ in range(request.n)]
@@ -96,11 +102,10 @@ class Accounts:
 
     def log(self, metrics: Metrics) -> None:
         """Hand this rank's ledger to the step's figures, and begin the next."""
-        for name, amount in self._now.items():
+        for name, amount in self.take().items():
             metrics.sum(name, amount)
         for name, joules in self.meter().items():
             metrics.sum(f"energy/{name}_j", joules)
-        self._now.clear()
 
     def close_evaluation(self, every_rank: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Add what every rank's evaluation took; that and the totals after it, to stand beside its figures."""
@@ -113,8 +118,9 @@ class Accounts:
 
     def take(self) -> dict[str, float]:
         """This rank's ledger, which begins anew."""
-        ledger = dict(self._now)
-        self._now.clear()
+        with self._lock:
+            ledger = dict(self._now)
+            self._now.clear()
         return ledger
 
     def close_step(self, figures: Mapping[str, float]) -> dict[str, float]:
@@ -170,6 +176,11 @@ class Counted:
         self.generator, self.accounts, self.clock = generator, accounts, clock
 
     @property
+    def concurrent(self) -> bool:
+        """Of the generator itself."""
+        return self.generator.concurrent
+
+    @property
     def report(self) -> SyncReport:
         """What the last weight sync moved."""
         return self.generator.report
@@ -182,7 +193,9 @@ class Counted:
     def generate(self, requests: Sequence[Request], sampling: Sampling, whole: Whole | None = None) -> list[Rollout]:
         """All rollouts of all requests."""
         rollouts = self.generator.generate(requests, sampling, whole)
-        self.accounts.generated(self.clock.phase, requests, rollouts, self.prompt_block)
+        ahead = threading.current_thread() is not threading.main_thread()  # while the clock shows something else
+        purpose = "generate" if ahead else self.clock.phase
+        self.accounts.generated(purpose, requests, rollouts, self.prompt_block)
         return rollouts
 
     def awake(self, engine: Engine, version: int) -> AbstractContextManager[None]:

@@ -15,6 +15,7 @@ from typing import Any
 from rlpost.check_algorithm import RESET_TRIGGERS, algorithm_problems
 from rlpost.check_explore import explore_problems
 from rlpost.check_parallel import parallel_problems
+from rlpost.check_pipeline import pipeline_problems
 from rlpost.check_secrets import secret_problems
 from rlpost.check_servers import server_problems
 from rlpost.check_synth import synth_problems
@@ -52,7 +53,8 @@ _BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
     (
         ">= 0",
         lambda x: 0 <= x < math.inf,
-        "seed save_every keep_every algorithm.kl.coef algorithm.kl.reset.every algorithm.kl.reset.kl_spike "
+        "seed save_every keep_every generator.max_staleness "
+        "algorithm.kl.coef algorithm.kl.reset.every algorithm.kl.reset.kl_spike "
         "algorithm.kl.reset.patience algorithm.kl.reset.min_gap algorithm.entropy.coef algorithm.entropy.target "
         "algorithm.entropy.delta algorithm.entropy.low algorithm.entropy.high algorithm.imitation_coef "
         "algorithm.critic.pretrain_steps engine.weight_decay engine.warmup_steps engine.grad_clip sft.warmup_steps "
@@ -114,6 +116,7 @@ def check(recipe: Recipe, world_size: int = 1) -> list[str]:
         *explore_problems(recipe),
         *synth_problems(recipe),
         *_sampling(recipe),
+        *pipeline_problems(recipe),
         *_batches(recipe, world_size),
         *_lengths(recipe),
         *_sft(recipe.sft, world_size),

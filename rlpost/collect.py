@@ -36,19 +36,37 @@ def collect(
     first_group: int,
     seed: int,
     interruption: Interruption | None = None,
-    whole: Whole | None = None,
 ) -> list[Group]:
-    """One group of `group_size` rollouts for each (place, task); the group's id is `first_group + place`.
-
-    `whole` is told of each group's rollouts as soon as the last of them has ended.
-    """
-    groups = [
-        Group(id, task, [], prompt_ids=renderer.prompt_ids(task), seed=request_seed(seed, id))
-        for id, task in ((first_group + place, task) for place, task in tasks)
-    ]
+    """One group of `group_size` rollouts for each (place, task); the group's id is `first_group + place`."""
+    groups = new_groups(renderer, tasks, first_group=first_group, seed=seed)
     requests = [group.request(group_size) for group in groups]
-    add_to(groups, answers(generator, renderer, requests, sampling, interruption, whole=whole))
+    add_to(groups, answers(generator, renderer, requests, sampling, interruption))
     return groups
+
+
+def new_groups(
+    renderer: Renderer,
+    tasks: Sequence[tuple[int, Task]],
+    *,
+    first_group: int,
+    seed: int,
+    begun: int = 0,
+    version: int = 0,
+) -> list[Group]:
+    """An empty group for each (place, task); its id is `first_group + place`."""
+    ids = [first_group + place for place, _ in tasks]
+    return [
+        Group(
+            id,
+            task,
+            [],
+            prompt_ids=renderer.prompt_ids(task),
+            seed=request_seed(seed, id),
+            begun=begun,
+            version=version,
+        )
+        for id, (_, task) in zip(ids, tasks, strict=True)
+    ]
 
 
 def add_to(groups: Sequence[Group], rollouts: Sequence[Rollout]) -> None:
@@ -109,7 +127,7 @@ def interrupted(
             task=rollout.task,
             prompt_ids=(*rollout.sampled_prompt_ids, *rollout.token_ids, *text_ids),
             n=1,
-            seed=_seed_of(f"{rollout.group}:{i - first[rollout.group]}:{rollout.token_ids}"),
+            seed=seed_of(f"{rollout.group}:{i - first[rollout.group]}:{rollout.token_ids}"),
         )
         for i, rollout in enumerate(rollouts)
         if rollout.truncated
@@ -131,8 +149,9 @@ def interrupted(
 
 def request_seed(seed: int, group: int) -> int:
     """A seed below 2^31 that belongs to this run and group, whatever the number of ranks."""
-    return _seed_of(f"{seed}:{group}")
+    return seed_of(f"{seed}:{group}")
 
 
-def _seed_of(text: str) -> int:
+def seed_of(text: str) -> int:
+    """A seed below 2^31 that belongs to a text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1

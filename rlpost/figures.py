@@ -44,9 +44,26 @@ def log_rollouts(run: Run, step: int, groups: list[Group], kept: list[Group], wa
     metrics.sum("rollouts/discarded", len(thrown_away))
     metrics.sum("tokens/discarded", sum(len(rollout.token_ids) for rollout in thrown_away))
     metrics.last("groups/waves", waves)
+    if run.pipeline.keeps:
+        _log_pipeline(run, step, groups)
     if run.world.is_main:
         run.samples.choose(groups)
         run.chosen.write(step)
+
+
+def _log_pipeline(run: Run, step: int, groups: Sequence[Group]) -> None:
+    """How long ago the step's groups were begun, and how long the answers are that came early or as late as may be."""
+    metrics, pipeline = run.metrics, run.pipeline
+    metrics.sum("pipeline/waiting", sum(len(wave.groups) for wave in pipeline.waves))
+    metrics.sum("pipeline/held", len(pipeline.held))
+    for group in groups:
+        waited = step - group.begun
+        metrics.mean("pipeline/age_mean", waited)
+        metrics.max("pipeline/age_max", waited)
+        name = "pipeline/length_early" if waited < pipeline.ahead else "pipeline/length_due"
+        metrics.means(name, [len(rollout.token_ids) for rollout in group.by_policy])
+        changed = [bool(rollout.later_versions) for rollout in group.by_policy]
+        metrics.means("pipeline/several_versions_frac", [float(one) for one in changed])
 
 
 def _log_group(metrics: Metrics, group: Group) -> None:
@@ -182,6 +199,8 @@ def followed(run: Run, figures: Mapping[str, float]) -> dict[str, float]:
             found["capability/concentration"] = figures["rollouts/pass@1"] / best
         if (entropy := figures.get("policy/entropy")) is not None and math.isfinite(entropy):
             run.law.observe(entropy=entropy, success=figures["rollouts/pass@1"])
+    if {"pipeline/length_early", "pipeline/length_due"} <= figures.keys():
+        found["pipeline/length_bias"] = figures["pipeline/length_early"] - figures["pipeline/length_due"]
     if "policy/kl_ref" in figures and not run.objective.num_resets:
         found["policy/kl_start"] = figures["policy/kl_ref"]
     return found | run.law.figures()

@@ -57,6 +57,16 @@ METRICS: dict[str, MetricInfo] = {
     "groups/spread_frac": MetricInfo("fraction", "mean", "groups whose rewards are not all equal"),
     "groups/all_solved_frac": MetricInfo("fraction", "mean", "groups without spread in which every answer passed"),
     "groups/none_solved_frac": MetricInfo("fraction", "mean", "groups without spread in which no answer passed"),
+    "pipeline/waiting": MetricInfo("groups", "sum", "groups on their way to later steps"),
+    "pipeline/held": MetricInfo("groups", "sum", "groups with answers that are to be continued", "arXiv:2501.12599"),
+    "pipeline/age_mean": MetricInfo("steps", "mean", "steps between the beginning of a group and its training"),
+    "pipeline/age_max": MetricInfo("steps", "max", "the same of the oldest group"),
+    "pipeline/length_early": MetricInfo("tokens", "mean", "answer that is trained before its last moment"),
+    "pipeline/length_due": MetricInfo("tokens", "mean", "answer that is trained at its last moment"),
+    "pipeline/length_bias": MetricInfo(
+        "tokens", "last", "length_early - length_due: below 0, short answers are fresher"
+    ),
+    "pipeline/several_versions_frac": MetricInfo("fraction", "mean", "answers that several policy versions wrote"),
     "rollouts/num": MetricInfo("rollouts", "sum", "rollouts generated"),
     "rollouts/interrupted": MetricInfo("rollouts", "sum", "rollouts whose thinking the run ended"),
     "rollouts/discarded": MetricInfo("rollouts", "sum", "rollouts generated and not trained on"),

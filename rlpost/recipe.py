@@ -44,6 +44,10 @@ class SamplingRecipe:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    repeats: int | None = None
+    """End an answer that goes round in circles: its last piece, of at most `repeat_tokens` tokens, has come so many
+    times in a row. It counts as truncated. null: never."""
+    repeat_tokens: int = 64
 
 
 @dataclass
@@ -71,6 +75,14 @@ class GeneratorRecipe:
     seeding: Literal["call", "request"] = "call"
     """`call`: one seed a step and rank, fastest. `request`: one a rollout, so that rollouts do not depend on the
     number of ranks (up to rounding)."""
+    max_staleness: int = 0
+    """Steps that rollouts may be begun ahead of the step that trains them. With servers (`concurrent` generators) they
+    are written while the trainer trains; others write them in turn. 0: each step is trained on its own policy's."""
+    first_come: bool = False
+    """Train the groups that are whole first, and none later than `max_staleness` allows, half of which is room for
+    overtaking; else in the order in which they were begun, so that long answers are as fresh as short ones."""
+    partial_tokens: int | None = None
+    """Tokens of an answer that are written in one step; the rest follows in the next ones. null: all."""
     sleep_level: Literal[0, 1, 2] = 1
     """What vLLM gives back while training (GPU only): 0 nothing, 1 weights to the CPU and the cache, 2 both dropped."""
     enforce_eager: bool | None = None

@@ -36,10 +36,11 @@ from rlpost.objective import Objective
 from rlpost.packing import Packer, make_packer
 from rlpost.parking import Parking, park_of
 from rlpost.peak import gauge_of
+from rlpost.pipeline import Pipeline
 from rlpost.plugins import bind
 from rlpost.policy import load_policy, uses_flash_attention
 from rlpost.random_state import seed_all
-from rlpost.recipe import Recipe
+from rlpost.recipe import GeneratorRecipe, Recipe
 from rlpost.render import Renderer, check_lengths, generation_eos_ids, load_tokenizer
 from rlpost.reward_recipe import bind_rewards
 from rlpost.samples import Samples
@@ -84,6 +85,7 @@ class Run:
     noise: NoiseScale
     trackers: Trackers
     samples: Samples
+    pipeline: Pipeline
     chosen: Chosen
     checkpoints: Checkpoints
     lookout: Lookout = field(default_factory=Lookout)
@@ -107,7 +109,7 @@ class Run:
     def close(self) -> None:
         """End what lives beside the loop, the generator last."""
         with ExitStack() as ends:
-            for part in (self.generator, self.trackers, self.checkpoints, self.rewards):
+            for part in (self.generator, self.trackers, self.checkpoints, self.rewards, self.pipeline):
                 ends.callback(part.close)
 
     @property
@@ -166,6 +168,7 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
         model = base_model(recipe, world) if recipe.sft else start
     servers = start_servers(recipe, model, folder, world)  # which takes as long as what follows
     engine, reference, critic = make_engines(recipe, model, world)
+    generator = make_generator(recipe, model, renderer, train_tasks[0], engine, servers=servers)
     accounts = make_accounts(recipe, engine, critic, by_document=uses_flash_attention(recipe.model))
     return Run(
         recipe=recipe,
@@ -175,9 +178,7 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
         clock=clock,
         curriculum=curriculum,
         renderer=renderer,
-        generator=Counted(
-            make_generator(recipe, model, renderer, train_tasks[0], engine, servers=servers), accounts, clock
-        ),
+        generator=Counted(generator, accounts, clock),
         sampling=sampling,
         rewards=rewards,
         explorers=make_explorers(recipe, renderer, sampling),
@@ -192,6 +193,7 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
         noise=NoiseScale(world, every=recipe.logging.noise_every, group_size=recipe.sampling.group_size),
         trackers=Trackers(folder, recipe, world),
         samples=Samples(folder, recipe.logging.samples_per_step),
+        pipeline=make_pipeline(recipe.generator, in_threads=generator.concurrent),
         chosen=make_chosen(recipe, folder, train_tasks, world),
         checkpoints=make_checkpoints(recipe, folder, world),
         task_keys=frozenset(task.key for task in train_tasks),
@@ -220,6 +222,7 @@ def _restore(run: Run) -> None:
         run.curriculum.load_state_dict(state["curriculum"])
         run.explorers.load_state_dict(state["explorers"])
         run.frontier.load_state_dict(state["frontier"])
+        run.pipeline.load_state_dict(state.get("pipeline", {}), run.world)
         run.clock.load_state_dict(state["clock"])
         run.accounts.load_state_dict(state["accounts"])
         run.noise.load_state_dict(state["noise"])
@@ -241,6 +244,12 @@ def make_checkpoints(recipe: Recipe, folder: Path, world: World) -> Checkpoints:
     background = world.apart() if recipe.save_in_background else None
     keep, keep_every = recipe.keep_checkpoints, recipe.keep_every
     return Checkpoints(folder, world, keep=keep, keep_every=keep_every, background=background)
+
+
+def make_pipeline(recipe: GeneratorRecipe, *, in_threads: bool) -> Pipeline:
+    """Where rollouts are on their way."""
+    how = {"first_come": recipe.first_come, "partial": recipe.partial_tokens is not None, "in_threads": in_threads}
+    return Pipeline(ahead=recipe.max_staleness, **how)
 
 
 def make_renderer(recipe: Recipe, model: Path) -> Renderer:
@@ -267,7 +276,8 @@ def training_sampling(recipe: Recipe, tasks: list[Task], renderer: Renderer) -> 
     """How rollouts are drawn in training; every training prompt must leave room for them."""
     asked = recipe.sampling
     check_room(recipe, tasks, renderer, asked.max_new_tokens, "tasks.train")
-    return Sampling(asked.max_new_tokens, asked.temperature, asked.top_p, asked.top_k, renderer.stop_ids)
+    repeats = None if asked.repeats is None else (asked.repeats, asked.repeat_tokens)
+    return Sampling(asked.max_new_tokens, asked.temperature, asked.top_p, asked.top_k, renderer.stop_ids, repeats)
 
 
 def check_room(recipe: Recipe, tasks: list[Task], renderer: Renderer, max_new_tokens: int, where: str) -> None:

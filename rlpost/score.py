@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -50,6 +51,7 @@ class Rewards(Sequence[BoundReward]):
         self._apart = [reward for reward in (*self.each, *self.of_groups) if reward.plugin is not None]
         self._limits = limits or Failure()
         self._judges: Judges | None = None
+        self._lock = threading.Lock()
         self._begun: dict[tuple[str, int], tuple[Question, int]] = {}
         """(name, id of the rollout) -> the question that it is part of, and its place there."""
 
@@ -98,7 +100,7 @@ class Rewards(Sequence[BoundReward]):
         for reward in self.each:
             for rollout, verdict in zip(rollouts, self._judged(reward, rollouts, None), strict=True):
                 _take(reward, rollout, verdict)
-        self._begun.clear()
+        self._forget(rollouts)
         for rollout in rollouts:
             rollout.reward = _sum(rollout, self.weights)
         return {reward.name: sum(one.reward_parts[reward.name] is None for one in rollouts) for reward in self.each}
@@ -113,7 +115,7 @@ class Rewards(Sequence[BoundReward]):
         for reward, group in itertools.product(self.of_groups, asked):
             for rollout, verdict in zip(group.rollouts, self._judged(reward, group.rollouts, group), strict=True):
                 _take(reward, rollout, verdict)
-        self._begun.clear()
+        self._forget([rollout for group in asked for rollout in group.rollouts])
         for group in asked if self.of_groups else ():
             for rollout in group.rollouts:
                 rollout.reward = _sum(rollout, self.weights)
@@ -124,16 +126,23 @@ class Rewards(Sequence[BoundReward]):
         if self._judges is not None:
             self._judges.close()
 
+    def _forget(self, rollouts: Iterable[Rollout]) -> None:
+        """They are judged; others may have been begun ahead of their step."""
+        for reward in self._apart:
+            for rollout in rollouts:
+                self._begun.pop((reward.name, id(rollout)), None)
+
     def _has_begun(self, rollout: Rollout) -> bool:
         return any((reward.name, id(rollout)) in self._begun for reward in self.each)
 
     def _ask(self, reward: BoundReward, rollouts: list[Rollout], group: Group | None) -> None:
         from rlpost.judges import Judges, Question
 
-        if self._judges is None:
-            self._judges = Judges([one.plugin for one in self._apart if one.plugin is not None], self._limits)
         question = Question(self._apart.index(reward), rollouts, group, reward.limits.reward_s)
-        self._judges.ask(question)
+        with self._lock:  # answers may be whole in a thread beside the loop
+            if self._judges is None:
+                self._judges = Judges([one.plugin for one in self._apart if one.plugin is not None], self._limits)
+            self._judges.ask(question)
         for place, rollout in enumerate(rollouts):
             self._begun[reward.name, id(rollout)] = question, place
 

@@ -215,6 +215,7 @@ def saved_on_failure(run: Run, step: int) -> Iterator[None]:
     updates, next_group = run.engine.updates, run.next_group
     listeners = run.curriculum, run.explorers, run.objective
     run.frontier.begin()
+    run.pipeline.begin_step()
     dice = random_state(run.world.device)
     with kept_in_memory():
         states = [listener.state_dict() for listener in listeners]
@@ -226,6 +227,7 @@ def saved_on_failure(run: Run, step: int) -> Iterator[None]:
         for listener, state in zip(listeners, states, strict=True):
             listener.load_state_dict(state)
         run.frontier.undo()
+        run.pipeline.undo()
         run.next_group = next_group
         set_random_state(dice, run.world.device)
         save(run, step)
@@ -285,6 +287,7 @@ def save(run: Run, step: int, *, wait: bool = True) -> None:
             "curriculum": run.curriculum.state_dict(),
             "explorers": run.explorers.state_dict(),
             "frontier": run.frontier.state_dict(),
+            "pipeline": run.pipeline.state_dict(run.world),
             "next_group": run.next_group,
             "objective": run.objective.state_dict(),
             "clock": run.clock.state_dict(),

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "repetition", "abort"]
+"""Why an answer ended: it was over, it had no tokens left, it went round in circles, or the generator gave it up."""
 Ending = Literal["ok", "wrong", "unparsable", "timeout", "crash", "error"]
 """Of a reward on one rollout: it gave 1 or more; less; it found nothing to judge, or could not judge; it took too long;
 its process died or ran out of memory; it raised, or returned no number."""
@@ -66,6 +67,8 @@ class Sampling:
     top_k: int = 0
     """0: the whole vocabulary."""
     stop_ids: tuple[int, ...] = ()
+    repeats: tuple[int, int] | None = None
+    """(n, m): an answer ends once its last m or fewer tokens have come n times in a row; None: it may go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,12 @@ class Request:
     """Of the hint, from 1 (the weakest) on; 0: none."""
     given: str | None = None
     """The answer itself, which is then not generated."""
+    limit: int | None = None
+    """Tokens of each of these rollouts, where that is less than the sampling allows."""
+
+    def max_new_tokens(self, sampling: Sampling) -> int:
+        """How long an answer to this request may be."""
+        return sampling.max_new_tokens if self.limit is None else min(self.limit, sampling.max_new_tokens)
 
     def rollout(
         self,
@@ -217,8 +226,8 @@ class Rollout:
 
     @property
     def truncated(self) -> bool:
-        """Whether the answer ran into the length limit."""
-        return self.finish_reason == "length"
+        """Whether the answer ran into the length limit, or would have: it repeated itself."""
+        return self.finish_reason in ("length", "repetition")
 
     @property
     def passed(self) -> bool | None:
@@ -245,6 +254,10 @@ class Group:
     """Of the problem alone."""
     seed: int = 0
     """Rollout i of the group is drawn with seed + i, in however many requests it was asked for."""
+    begun: int = 0
+    """The step in which it was begun: earlier than the one that trains it where rollouts are made ahead."""
+    version: int = 0
+    """Of the policy when it was begun."""
     left_out: list[Rollout] = field(default_factory=list)
     """Rollouts that an explorer has taken out: generated, and neither trained nor in the group's statistics."""
 

@@ -20,7 +20,7 @@ class Generator:
     def __init__(self):
         self.requests = []
 
-    def generate(self, requests, sampling):
+    def generate(self, requests, sampling, whole=None):
         self.requests = list(requests)
         return [
             Rollout(one.task, one.group, one.prompt_ids, one.prompt_ids, (i,), (-1.0,), "stop", 0)
@@ -74,7 +74,7 @@ class Thinker:
     def __init__(self):
         self.asked = []
 
-    def generate(self, requests, sampling):
+    def generate(self, requests, sampling, whole=None):
         self.asked.append((list(requests), sampling))
         first = len(self.asked) == 1
         return [self.answer(one, i, first) for one in requests for i in range(one.n)]

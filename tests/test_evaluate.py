@@ -73,7 +73,7 @@ class Generator:
         self.versions.append(version)
         yield
 
-    def generate(self, requests, sampling):
+    def generate(self, requests, sampling, whole=None):
         self.requests += requests
         return [self.answer(request, i) for request in requests for i in range(request.n)]
 

@@ -18,6 +18,7 @@ from rlpost.packing import Packer
 from rlpost.recipe import ExploreBudget, Recipe, SamplingRecipe
 from rlpost.reward_recipe import bind_rewards
 from rlpost.rollouts import gather, next_wave
+from rlpost.run import make_pipeline
 from rlpost.types import Request, Sampling, Task
 from rlpost.world import World as RealWorld
 
@@ -74,7 +75,7 @@ class Generator:
         self.wakes += 1
         yield
 
-    def generate(self, requests, sampling):
+    def generate(self, requests, sampling, whole=None):
         return [self.answer(one, i, sampling) for one in requests for i in range(one.n)]
 
     def answer(self, one, i, sampling):
@@ -113,6 +114,7 @@ def make_run(*kinds, prompts=4, world=None, explorers=(), budget=None, **algorit
         chosen=SimpleNamespace(observe=lambda outcomes: None, write=lambda step: None),
         explorers=explorers_of(*explorers),
         frontier=Frontier(),
+        pipeline=make_pipeline(recipe.generator, in_threads=False),
         next_group=0,
         task_keys=None,
     )
@@ -158,7 +160,7 @@ def test_t24_refill_chooses_by_number_whatever_order_the_answers_come_in():
     """Long answers come last: choosing what is there first would train on short ones."""
 
     class Slow(Generator):
-        def generate(self, requests, sampling):
+        def generate(self, requests, sampling, whole=None):
             return sorted(super().generate(requests, sampling), key=lambda rollout: -rollout.group)
 
     kinds = ("solved", "mixed", "mixed")

@@ -55,6 +55,11 @@ class Generator(Protocol):
     """Samples rollouts. `awake` is the sole owner of the generator's weights and memory."""
 
     @property
+    def concurrent(self) -> bool:
+        """Whether `generate` may be called in a thread, while the main one trains and pushes weights."""
+        ...
+
+    @property
     def report(self) -> SyncReport:
         """What the last weight sync moved and what the canary saw."""
         ...
@@ -113,6 +118,19 @@ class Canary:
                 "that is trained. Check that both read the model in the same way (model.dtype, generator.options); "
                 "raise the tolerance only if the difference is rounding"
             )
+
+
+def circles(token_ids: Sequence[int], times: int, longest: int) -> bool:
+    """Whether tokens end in one piece, of at most `longest`, that comes `times` times in a row.
+
+    >>> circles([9, 1, 2, 1, 2, 1, 2], times=3, longest=4), circles([1, 2, 2, 1, 2], times=2, longest=1)
+    (True, False)
+    """
+    for size in range(1, min(longest, len(token_ids) // times) + 1):
+        tail = token_ids[-size * times :]
+        if all(tail[i] == tail[i - size] for i in range(size, len(tail))):
+            return True
+    return False
 
 
 def canary_tokens(prompt_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:

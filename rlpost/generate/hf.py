@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlpost.generate.base import Canary, SyncReport, Whole
+from rlpost.generate.base import Canary, SyncReport, Whole, circles
 from rlpost.preempt import preemption
-from rlpost.types import Request, Rollout, Sampling
+from rlpost.types import FinishReason, Request, Rollout, Sampling
 from rlpost.weights import WeightStream
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class HfGenerator:
     """A second copy of the model, given the trained weights at every sync, sampling one request at a time."""
 
     prompt_block = 0
+    concurrent = False
 
     def __init__(self, recipe: Recipe, renderer: Renderer, canary: Canary, world: World) -> None:
         self.renderer, self.canary, self.world = renderer, canary, world
@@ -94,7 +95,7 @@ class HfGenerator:
         tokens: list[Tensor] = []
         logps: list[Tensor] = []
         alive_N = torch.ones(request.n, dtype=torch.bool, device=device)
-        while len(tokens) < sampling.max_new_tokens and alive_N.any():
+        while len(tokens) < request.max_new_tokens(sampling) and alive_N.any():
             preemption.poll()
             answer = self.model(input_ids=step_NT, past_key_values=cache, use_cache=True)
             cache = answer.past_key_values
@@ -103,21 +104,35 @@ class HfGenerator:
             tokens.append(token_N.squeeze(-1))
             logps.append(logp_NV.gather(-1, token_N).squeeze(-1))
             alive_N &= ~torch.isin(tokens[-1], stop)
+            if sampling.repeats is not None:
+                alive_N &= ~torch.tensor([circles(row, *sampling.repeats) for row in torch.stack(tokens, -1).tolist()])
             step_NT = token_N
         token_NT, logp_NT = torch.stack(tokens, -1).tolist(), torch.stack(logps, -1).tolist()
-        return [
-            self._rollout(request, ids, logp, sampling.stop_ids) for ids, logp in zip(token_NT, logp_NT, strict=True)
-        ]
+        return [self._rollout(request, ids, logp, sampling) for ids, logp in zip(token_NT, logp_NT, strict=True)]
 
-    def _rollout(self, request: Request, ids: list[int], logp: list[float], stop_ids: tuple[int, ...]) -> Rollout:
-        end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), None)
+    def _rollout(self, request: Request, ids: list[int], logp: list[float], sampling: Sampling) -> Rollout:
+        end, reason = ended(ids, sampling)
         return request.rollout(
             ids[:end],
             logp[:end],
-            finish_reason="length" if end is None else "stop",
+            finish_reason=reason,
             version=-1 if self.version is None else self.version,
             text=self.renderer.decode(ids[:end]),
         )
+
+
+def ended(ids: Sequence[int], sampling: Sampling) -> tuple[int, FinishReason]:
+    """How many of the tokens that a row was given belong to its answer, and why that ended.
+
+    >>> ended([5, 1, 7], Sampling(3, stop_ids=(1,))), ended([5, 5, 7], Sampling(3, repeats=(2, 1)))
+    ((2, 'stop'), (2, 'repetition'))
+    """
+    for i, token in enumerate(ids, 1):
+        if token in sampling.stop_ids:
+            return i, "stop"
+        if sampling.repeats is not None and circles(ids[:i], *sampling.repeats):
+            return i, "repetition"
+    return len(ids), "length"
 
 
 class FolderHf(HfGenerator):

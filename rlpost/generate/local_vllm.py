@@ -32,11 +32,13 @@ if TYPE_CHECKING:
 CPU_BLOCK = 32
 """Tokens of a block of keys and values, the least that vLLM has on a CPU. Whole blocks of a prompt are found again;
 with its default of 128, each of hundreds of answers works through up to 128 tokens of their prompt anew."""
-FINISH: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
+FINISH: dict[str | None, FinishReason] = {"stop": "stop", "length": "length", "repetition": "repetition"}
 
 
 class LocalVllm:
     """A vLLM engine in this process, fed by the engine that trains."""
+
+    concurrent = False
 
     def __init__(self, recipe: Recipe, folder: Path, renderer: Renderer, canary: Canary, world: World) -> None:
         self.recipe, self.renderer, self.canary, self.world = recipe.generator, renderer, canary, world
@@ -274,13 +276,24 @@ def _params(request: Request, sampling: Sampling, *, seeded: bool) -> Any:
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
-        max_tokens=sampling.max_new_tokens,
+        max_tokens=request.max_new_tokens(sampling),
         stop_token_ids=list(sampling.stop_ids),
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        **repetition(sampling.repeats),
     )
+
+
+def repetition(repeats: Sequence[int] | None) -> dict[str, Any]:
+    """Arguments of `SamplingParams` for `Sampling.repeats`; an older vLLM has none, and is asked for none."""
+    if repeats is None:
+        return {}
+    from vllm.sampling_params import RepetitionDetectionParams
+
+    times, longest = repeats
+    return {"repetition_detection": RepetitionDetectionParams(max_pattern_size=longest, min_count=times)}
 
 
 def text_params(n: int, seed: int, sampling: Sampling, *, logprobs: int | None) -> Any:

@@ -183,7 +183,7 @@ class Gate:
             name = uuid.uuid4().hex
             for place, (prompt, begun, seed, max_tokens) in enumerate(asked["rollouts"]):
                 ids = {"prompt_token_ids": [*asked["prompts"][prompt], *begun]}
-                params = _params(asked["sampling"], seed, max_tokens)
+                params = _params(dict(asked["sampling"]), seed, max_tokens)
                 flying[place] = await engine.add_request(f"{name}-{place}", ids, params)
         finally:
             await engine.resume_generation()
@@ -215,8 +215,12 @@ def _params(sampling: dict[str, Any], seed: int | None, max_tokens: int) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    from rlpost.generate.local_vllm import repetition
+
+    repeats = sampling.pop("repeats", None)
     return SamplingParams(
         **sampling,
+        **repetition(repeats),
         seed=seed,
         max_tokens=max_tokens,
         logprobs=0,

@@ -19,7 +19,7 @@ from rlpost.servers.replica import Lost, Replica
 from rlpost.types import FinishReason, Request, Sampling
 
 TICK_S = 0.2
-FINISH: dict[str | None, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
+FINISH: dict[str | None, FinishReason] = {"stop": "stop", "length": "length", "repetition": "repetition"}
 
 
 @dataclass
@@ -104,11 +104,12 @@ class Call:
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k,
                 "stop_token_ids": list(sampling.stop_ids),
+                "repeats": sampling.repeats,
             },
         }
         self.requests, self.seeded = requests, seeded
         self.units = [
-            Unit(place, i, request.seed + i if seeded else None, sampling.max_new_tokens)
+            Unit(place, i, request.seed + i if seeded else None, request.max_new_tokens(sampling))
             for place, request in enumerate(requests)
             for i in range(request.n)
         ]
