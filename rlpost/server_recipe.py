@@ -38,4 +38,4 @@ class Servers:
     start_s: float = 600.0
     """How long to wait for a server to start, or for any to come back where all are lost."""
     restarts: int = 10
-    """How often a server that ends is started again."""
+    """How often a server that ends is started again, in a row: one that ran for two minutes begins to count anew."""

@@ -218,7 +218,14 @@ def test_one_command_trains_through_servers_of_which_one_is_killed_and_one_stopp
     log, metrics = lab / "log", lab / "runs/job/metrics.jsonl"
     (lab / "mylab/slow.py").write_text(SLOW)
     command = [sys.executable, "-m", "rlpost.torchrun", "--standalone", "--nproc-per-node=2", "-m", "rlpost", "train"]
-    asked = ["name=job", "rewards=[{use: 'mylab.slow:rest', isolate: false}]", f"run_dir={lab / 'runs'}", "steps=100000", "tasks.eval=null", "sampling.max_new_tokens=48"]
+    asked = [
+        "name=job",
+        "rewards=[{use: 'mylab.slow:rest', isolate: false}]",
+        f"run_dir={lab / 'runs'}",
+        "steps=100000",
+        "tasks.eval=null",
+        "sampling.max_new_tokens=48",
+    ]
     env = os.environ | {"RLPOST_SERVER_KEY": KEY, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with log.open("w") as out:
         own = [*OWN, *SERVERS, "generator.seeding=request", "sampling.group_size=16"]
