@@ -4,8 +4,8 @@
 
 One run, one command: a rank, and servers that the run starts itself. Afterwards its files are held against what must
 hold whatever happens: each group is trained exactly once and whole, its tokens have the log-probs of weights that are
-no older than allowed, and no step takes longer than the time limits explain. Writes `soak.md` and `soak.json`, and fails
-where something does not hold. A server that is restarted needs its start-up time, so few accidents fit in a minute.
+no older than allowed, and no step takes longer than the time limits explain. Writes `soak.md` and `soak.json`, and
+fails where something does not hold. A server that is restarted needs its start-up time, so few accidents fit in a minute.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from rlpost.preempt import PREEMPTED
-from tests.bench.torture import RECIPE
+from tests.lab import make_lab
 
 ROOT = Path(__file__).parent.parent.parent
 TIMEOUT_S, START_S = 8.0, 600.0
@@ -113,11 +114,18 @@ def children(pid: int) -> list[int]:
 
 def train(out: Path, options: argparse.Namespace) -> tuple[int, Chaos, float]:
     """One run with accidents; its exit code, what was done, and how long it took."""
-    (out / "soak.yaml").write_text(RECIPE)
+    make_lab(out)
     asked = [
         *(f"run_dir={out / 'runs'}", "name=soak", "steps=1000000", f"prompts_per_step={PROMPTS}", "save_every=50"),
         *(f"sampling.group_size={GROUP}", "logging.samples_per_step=1000000", "logging.noise_every=0"),
-        *("tasks.eval=null", "generator.kind=remote_vllm", "generator.seeding=request", "engine.lr=1e-3"),
+        *(
+            "tasks.eval=null",
+            "sft=null",
+            "sampling.max_new_tokens=48",
+            "generator.kind=remote_vllm",
+            "generator.seeding=request",
+            "engine.lr=1e-3",
+        ),
         *(f"generator.servers.replicas={options.replicas}", f"generator.servers.timeout_s={TIMEOUT_S}"),
         *(f"generator.servers.start_s={START_S}", "generator.servers.restarts=1000000"),
         *(f"generator.max_staleness={options.staleness}", f"preempt.after_s={60 * options.minutes}"),
@@ -125,7 +133,7 @@ def train(out: Path, options: argparse.Namespace) -> tuple[int, Chaos, float]:
     ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "rlpost.torchrun", "--standalone", f"--nproc-per-node={options.ranks}"]
-    command += ["-m", "rlpost", "train", str(out / "soak.yaml"), *asked]
+    command += ["-m", "rlpost", "train", str(out / "tiny.yaml"), *asked]
     chaos = Chaos(out / "runs/soak/servers", random.Random(options.seed))
     started = time.monotonic()
     with (out / "log").open("w") as log:
@@ -155,7 +163,7 @@ def verdict(out: Path, code: int, options: argparse.Namespace) -> tuple[dict[str
     if [line["step"] for line in lines] != list(range(len(lines))):
         wrong.append("each step must be logged once, in order")
     wrong += groups_wrong(rows, len(lines), options.ranks)
-    gaps = [b["unix_s"] - a["unix_s"] for a, b in zip(lines, lines[1:], strict=False)]
+    gaps = [b["unix_s"] - a["unix_s"] for a, b in pairwise(lines)]
     starts = [one["starts"] for one in Chaos(folder / "servers", random.Random()).servers()]
     bound = 2 * TIMEOUT_S + START_S
     if max(gaps, default=0.0) > bound:
