@@ -105,7 +105,7 @@ def test_a_server_that_comes_back_with_other_weights_than_it_was_given_ends_the_
     fleet, [server] = make(("die",))
     server.scores = -0.7
     threading.Timer(0.2, server.restart).start()
-    with pytest.raises(RunError, match="^canary$"):
+    with pytest.raises(RunError, match=r"^canary$"):
         run(fleet)
     assert "/rlpost/open" not in server.calls
 
