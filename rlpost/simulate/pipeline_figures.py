@@ -10,7 +10,10 @@ from rlpost.simulate.pipeline import Pipeline, Result
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """Means over the steps after the first `ahead` + 1, in which the pipeline fills; shares of tokens over all.
+    """Means over the steps after the first `ahead` + 1, in which the pipeline fills; shares of tokens over all steps.
+
+    Where the longest answers decide, a pipeline goes in bursts: waves that were given out together become whole
+    together, and `ahead` short steps follow a long one. So the means are over whole bursts.
 
     >>> figures(simulated(Cluster(gpus=2, steps=3, prompts_per_step=2, group_size=2, max_staleness=0))).stale_mean
     0.0
@@ -53,10 +56,21 @@ def simulated(cluster: Cluster) -> Result:
     return Pipeline(cluster).run()
 
 
+def first_counted(cluster: Cluster) -> int:
+    """The first step that means are over.
+
+    >>> [first_counted(Cluster(steps=10, max_staleness=k)) for k in (0, 1, 2, 12)]
+    [1, 2, 4, 9]
+    """
+    burst = cluster.waves_ahead + 1
+    filled = burst + (cluster.steps - burst) % burst
+    return filled if filled < cluster.steps else cluster.steps - 1
+
+
 def figures(result: Result) -> Figures:
     """The row of a simulation."""
     cluster, work = result.cluster, result.work
-    steps = result.steps[min(cluster.waves_ahead + 1, len(result.steps) - 1) :]
+    steps = result.steps[first_counted(cluster) :]
     num, seconds = len(steps), steps[-1].end - steps[0].begin
     trained = sum(step.tokens for step in steps)
     every_step = sum(step.tokens for step in result.steps)
