@@ -22,17 +22,20 @@ _SHARES = 201
 """Quantiles that are kept of lengths that are all known."""
 
 
-def described(folders: Sequence[Path]) -> dict[str, Any]:
-    """A tree for `cluster.load`: of the first run, but for the cost of decoding, which any synchronous run may give."""
-    histories = [read_history(folder) for folder in folders]
-    first = histories[0]
-    points = [point for history in histories if not staleness_of(history.recipe) for point in decode_points(history)]
-    if not points:
+def described(folders: Sequence[Path], rates_of: Sequence[Path] = ()) -> dict[str, Any]:
+    """A tree for `cluster.load`, of the first run.
+
+    What decoding costs is from every run that is synchronous, as a pipeline hides it. With `rates_of` it is from those
+    runs alone, and so is what training costs, so that the first run's seconds are predicted and not looked at.
+    """
+    first, *others = (read_history(folder) for folder in folders)
+    measured = [read_history(folder) for folder in rates_of]
+    known = [history for history in measured or [first, *others] if not staleness_of(history.recipe)]
+    if not known:
         raise RunError(
-            f"{folders[0]} must be a run with generator.max_staleness=0, or stand beside one: in a pipeline "
-            "the time of generation is hidden; give --from-run a synchronous run as well"
+            f"{first.folder} must be a run with generator.max_staleness=0, or stand beside one: in a pipeline "
+            "the time of generation is hidden; give a synchronous run as well"
         )
-    step_s, sequence_s = fit_decode(points)
     recipe, replicas = first.recipe, num_replicas(first)
     remote = kind_of(recipe) == "remote_vllm"
     servers = section(section(recipe, "generator"), "servers")
@@ -46,19 +49,22 @@ def described(folders: Sequence[Path]) -> dict[str, Any]:
         "prompts_per_step": int(recipe.get("prompts_per_step", 32)),
         "group_size": int(section(recipe, "sampling").get("group_size", 8)),
         **pipeline_of(recipe),
-        "replicas": {
-            "tensor_parallel": size,
-            "max_num_seqs": slots_of(recipe),
-            # Answers of the run did fit: how much its cache holds is not known.
-            "cache_tokens": 1e15,
-            "step_s": step_s,
-            "sequence_s": sequence_s,
-            # A token that is read costs no more than one that is decoded; how much less was not measured.
-            "prefill_rate": 1 / max(sequence_s, 1e-9),
-        },
+        "replicas": {"tensor_parallel": size, "max_num_seqs": slots_of(recipe), **generation_of(known)},
         "lengths": lengths_of(first),
-        **training_of(first),
+        "train": training_of(measured[0] if measured else first),
+        "sync": {"seconds": mean(row.get("time/sync_s", 0.0) for row in measured_steps(first))},
     }
+
+
+def generation_of(histories: Sequence[History]) -> dict[str, float]:
+    """The rates of section `replicas`.
+
+    A token that is read is taken to cost no more than one that is decoded: how much less is not logged. Nor is what
+    the cache holds; the answers of the runs did fit.
+    """
+    step_s, sequence_s = fit_decode([point for history in histories for point in decode_points(history)])
+    prefill_rate = 1 / max(sequence_s, 1e-9)
+    return {"step_s": step_s, "sequence_s": sequence_s, "prefill_rate": prefill_rate, "cache_tokens": 1e15}
 
 
 def section(tree: Any, name: str) -> dict[str, Any]:
@@ -139,42 +145,35 @@ def decode_points(history: History) -> list[tuple[float, float, float]]:
 def fit_decode(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
     """Seconds of a decode step and of each answer in it: steps x a + tokens x c = seconds.
 
-    Where all points have as many tokens a step, only the sum is known: then a and c are as `rlpost check --plan` has
-    them, 75 to 1, times one factor, the median.
+    Where all points have about as many tokens a step, or noise makes a cost negative, only the sum is known: then a
+    and c are as `rlpost check --plan` has them, 75 to 1, times one factor.
 
     >>> fit_decode([(100.0, 1000.0, 3.0), (100.0, 4000.0, 9.0), (300.0, 1000.0, 5.0)])
     (0.01, 0.002)
     """
     width = [num / steps for steps, num, _ in points]
     if max(width) >= SPREAD * min(width):
-        # Relative errors count alike; a negative cost is none, and the other then explains all.
-        rows = np.array([[steps / seconds, num / seconds] for steps, num, seconds in points])
-        found, *_ = np.linalg.lstsq(rows, np.ones(len(rows)), rcond=None)
-        if min(found) >= 0:
+        rows = np.array(points)
+        found, *_ = np.linalg.lstsq(rows[:, :2], rows[:, 2], rcond=None)
+        if min(found) >= 0:  # else noise decides
             return round(float(found[0]), 9), round(float(found[1]), 9)
-    factor = median(seconds / (steps * DECODE_STEP_S + num * TOKEN_S) for steps, num, seconds in points)
+    whole = sum(steps * DECODE_STEP_S + num * TOKEN_S for steps, num, _ in points)
+    factor = sum(seconds for *_, seconds in points) / whole
     return factor * DECODE_STEP_S, factor * TOKEN_S
 
 
 def training_of(history: History) -> dict[str, Any]:
-    """Sections `train` and `sync`."""
+    """Section `train`; means over the steps, as simulated steps are to add up to the time that the run took."""
     steps, ranks = measured_steps(history), num_ranks(history)
     epochs = int(section(history.recipe, "algorithm").get("epochs") or 1)
     generated = sum(row["tokens/generated"] for row in steps)
-    kept = sum(row.get("tokens/trained", row["tokens/generated"]) for row in steps) / (epochs * generated)
-    kept = min(1.0, max(kept, 1e-6))
-    prompt = prompt_of(history)
-    # Of the steps' sums, as the tokens of a step that are kept vary more than the time that they take to be found.
-    rates, left, syncs = [], [], []
-    for row in steps:
-        spent = sum(row.get(name, 0.0) for name in TRAINING)
-        rates.append(spent / (kept * (row["tokens/generated"] + prompt * row["rollouts/num"])))
-        syncs.append(row.get("time/sync_s", 0.0))
-        left.append(row["time/step_s"] - spent - row["time/generate_s"] - syncs[-1])
-    return {
-        "train": {"rate": 1 / (median(rates) * ranks), "kept_frac": kept, "fixed_s": max(0.0, median(left))},
-        "sync": {"seconds": median(syncs)},
-    }
+    trained = sum(row.get("tokens/trained", row["tokens/generated"]) for row in steps)
+    kept = min(1.0, max(1e-6, trained / (epochs * generated)))
+    processed = kept * (generated + prompt_of(history) * sum(row["rollouts/num"] for row in steps))
+    spent = sum(row.get(name, 0.0) for row in steps for name in TRAINING)
+    known = sum(row["time/generate_s"] + row.get("time/sync_s", 0.0) for row in steps)
+    left = sum(row["time/step_s"] for row in steps) - spent - known
+    return {"rate": processed / (spent * ranks), "kept_frac": kept, "fixed_s": max(0.0, left / len(steps))}
 
 
 def prompt_of(history: History) -> int:

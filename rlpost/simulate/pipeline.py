@@ -19,30 +19,10 @@ from numpy.typing import NDArray
 
 from rlpost.simulate.cluster import Cluster
 from rlpost.simulate.rates import draw, rates
-from rlpost.simulate.replica import Answer, Replica, Work
+from rlpost.simulate.replica import Answer, Pending, Replica, Work
 
 NEXT, DEATH, BIRTH = 0, 1, 2
 """Kinds of events: an answer stops, a replica dies, one is there again."""
-
-
-class Pending:
-    """One group on its way: what it has, and how much of it is missing."""
-
-    __slots__ = ("due", "id", "missing", "oldest", "size", "version", "version_sum", "written")
-
-    def __init__(self, id: int, version: int, due: float, size: int) -> None:
-        self.id, self.version, self.due, self.size = id, version, due, size
-        """`version` is that of the weights at which it was given out, `due` the last step that may train it."""
-        self.missing = size
-        self.written, self.version_sum = 0, 0
-        self.oldest: float = math.inf
-
-    def add(self, answer: Answer) -> None:
-        """Take in an answer that is whole."""
-        self.missing -= 1
-        self.written += answer.written
-        self.version_sum += answer.version_sum
-        self.oldest = min(self.oldest, answer.oldest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +54,12 @@ class StepTimes:
     def train_s(self) -> float:
         """Seconds of training."""
         return self.end - self.begun
+
+    @property
+    def stale_mean(self) -> float:
+        """Staleness of a token."""
+        whole = max(1, self.tokens)
+        return self.stale_sum / whole
 
 
 @dataclass(frozen=True, slots=True)

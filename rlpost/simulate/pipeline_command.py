@@ -104,12 +104,11 @@ def figures_table(one: Figures) -> Table:
 
 def search_tables(found: Found) -> list[Table]:
     """The best ways, and the best of each bound on staleness and placement."""
-    best = found.trials[0].rate
     leaders: dict[tuple[str, int], Trial] = {}
     for trial in found.trials:
         leaders.setdefault((trial.cluster.placement, trial.cluster.max_staleness), trial)
-    ways = {"the best ways": found.trials[:SHOWN], "the best of each kind": list(leaders.values())}
-    return [trials_table(title, trials, best) for title, trials in ways.items()]
+    ways = {"the best ways; all: colocated": found.trials[:SHOWN], "the best of each kind": list(leaders.values())}
+    return [trials_table(title, trials) for title, trials in ways.items()]
 
 
 def told(trial: Trial) -> str:
@@ -119,23 +118,20 @@ def told(trial: Trial) -> str:
     return f"{split}, max_staleness {one.max_staleness}, groups of {one.group_size}"
 
 
-def trials_table(title: str, trials: list[Trial], best: float) -> Table:
-    """A row a way: `48 + 16` GPUs are those that generate and those that train."""
+def trials_table(title: str, trials: list[Trial]) -> Table:
+    """A row a way: the GPUs that generate, and what came of it."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title, title_justify="left")
-    names = ("GPUs", "k", "group", "step s", "wait s", "tokens/s", "of best", "trainer", "replicas", "stale", "reread")
-    for heading in names:
+    for heading in ("generate", "k", "group", "step s", "wait s", "tokens/s", "trainer", "replica", "stale", "reread"):
         table.add_column(heading, justify="right", no_wrap=True)
     for trial in trials:
         one, cluster = trial.figures, trial.cluster
-        apart = cluster.placement == "separate"
         table.add_row(
-            f"{cluster.generating} + {cluster.training}" if apart else f"all {cluster.gpus}",
+            "all" if cluster.placement == "colocated" else str(cluster.generating),
             str(cluster.max_staleness),
             str(cluster.group_size),
             f"{one.step_s:.1f}",
             f"{one.wait_s:.1f}",
             f"{one.trained_per_s:,.0f}",
-            f"{one.trained_per_s / best:.0%}",
             f"{one.trainer_frac:.0%}",
             f"{one.generator_frac:.0%}",
             f"{one.stale_mean:.2f}",
@@ -177,7 +173,7 @@ def plot_steps(result: Result) -> Any:
     busy.plot(places, [step.train_s / s for step, s in zip(steps, long, strict=True)], label="trainer", color=COLORS[2])
     shares = [step.busy_s / (s * replicas) for step, s in zip(steps, long, strict=True)]
     busy.plot(places, shares, label="replicas", color=COLORS[3])
-    stale.plot(places, [step.stale_sum / max(1, step.tokens) for step in steps], label="mean", color=COLORS[0])
+    stale.plot(places, [step.stale_mean for step in steps], label="mean", color=COLORS[0])
     stale.plot(places, [step.oldest for step in steps], label="oldest", color=COLORS[1], linestyle=":")
     seconds.set(ylabel="seconds of a step")
     busy.set(ylabel="share of the time", ylim=(-0.03, 1.03))

@@ -38,6 +38,26 @@ class Answer:
         return lost
 
 
+class Pending:
+    """One group on its way: what it has, and how much of it is missing."""
+
+    __slots__ = ("due", "id", "missing", "oldest", "size", "version", "version_sum", "written")
+
+    def __init__(self, id: int, version: int, due: float, size: int) -> None:
+        self.id, self.version, self.due, self.size = id, version, due, size
+        """`version` is that of the weights at which it was given out, `due` the last step that may train it."""
+        self.missing = size
+        self.written, self.version_sum = 0, 0
+        self.oldest: float = math.inf
+
+    def add(self, answer: Answer) -> None:
+        """Take in an answer that is whole."""
+        self.missing -= 1
+        self.written += answer.written
+        self.version_sum += answer.version_sum
+        self.oldest = min(self.oldest, answer.oldest)
+
+
 @dataclass(slots=True)
 class Work:
     """What a replica has done so far.
