@@ -255,9 +255,9 @@ def test_command_takes_one_description(tmp_path: Path, capsys) -> None:
 
 @pytest.mark.slow
 def test_thousands_of_gpus_are_simulated_in_tens_of_seconds() -> None:
-    cluster = load(None, ["gpus=4096", "prompts_per_step=512", "steps=100", "max_staleness=2", "failures.mtbf_h=5000"])
+    cluster = load(None, ["gpus=4096", "prompts_per_step=512", "steps=100", "max_staleness=2", "failures.mtbf_h=200"])
     began = time.process_time()
     result = simulated(cluster)
-    assert time.process_time() - began < 90
+    assert time.process_time() - began < 90  # 25 where two cores were shared by others
     assert len(set(result.trained)) == 51_200 and result.deaths > 0
     assert first_counted(cluster) == 4

@@ -124,7 +124,8 @@ class Cluster:
     ahead: int | None = None
     """Steps whose prompts are given out beyond the one that is waited for; None: k, the most that the bound allows."""
     first_come: bool = False
-    """Train the groups that are whole first; otherwise in the order in which they were given out."""
+    """Train the groups that are whole first; otherwise in the order in which they were given out. With late=wait it
+    needs ahead < k: where all is given out that the bound allows, what is due in a step is all that it can train."""
     late: Literal["wait", "drop"] = "wait"
     """With first_come, what becomes of groups that would be too stale in the next step: they are waited for, or
     thrown away and replaced."""

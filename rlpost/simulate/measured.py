@@ -133,12 +133,17 @@ def measured_steps(history: History) -> list[dict[str, Any]]:
 
 
 def decode_points(history: History) -> list[tuple[float, float, float]]:
-    """Of each step and replica: decode steps, tokens, seconds."""
+    """Of each step and replica: decode steps, tokens, seconds.
+
+    Where all answers fit at once there are as many steps as the longest has tokens; otherwise slots are full until the
+    last answers end, which are taken to be half as long as the longest.
+    """
     replicas, slots = num_replicas(history), slots_of(history.recipe)
     found = []
     for row in measured_steps(history):
-        share = row["tokens/generated"] / replicas
-        found.append((max(row["rollouts/length_max"], share / slots), share, row["time/generate_s"]))
+        share, longest = row["tokens/generated"] / replicas, row["rollouts/length_max"]
+        fits = row["rollouts/num"] <= slots * replicas
+        found.append((longest if fits else share / slots + longest / 2, share, row["time/generate_s"]))
     return found
 
 

@@ -69,6 +69,8 @@ def speeds(cluster: Cluster) -> str:
         f"{cluster.prompts_per_step} prompts x {cluster.group_size} answers a step; lengths: {cluster.lengths.kind}; "
         f"so far of one that is being written: {written_at_once(cluster.lengths):,.0f} tokens on average",
     ]
+    if cluster.first_come and cluster.late == "wait" and cluster.waves_ahead == cluster.max_staleness:
+        lines.append("first_come changes nothing here: what is due fills every step; give ahead < max_staleness")
     return "\n".join(lines)
 
 
