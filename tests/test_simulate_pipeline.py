@@ -179,6 +179,54 @@ def test_a_pipelined_step_is_the_longer_phase_and_not_the_sum(train_s: float, st
     assert ahead.stale_max == 1
 
 
+def ticked(cluster: Cluster, sync: int, train: int) -> list[tuple[int, int]]:
+    """The same pipeline walked second by second, where a decode step takes one: when each step is ready and ends."""
+    rng, slots, now, given, found = np.random.default_rng([cluster.seed, 0]), cluster.replicas.max_num_seqs, 0, 0, []
+    queues: list[list[list[int]]] = [[] for _ in range(cluster.num_replicas)]  # [wave, tokens to go], slots first
+    apart = cluster.placement == "separate"
+
+    def tick(generating: bool) -> None:
+        nonlocal now
+        now += 1
+        for place, queue in enumerate(queues if generating else []):
+            for answer in queue[:slots]:
+                answer[1] -= 1
+            queues[place] = [answer for answer in queue if answer[1]]
+
+    for step in range(cluster.steps):
+        for _ in range(sync):
+            tick(False)
+        while given <= step + cluster.max_staleness:
+            for group in draw(cluster.lengths, cluster.prompts_per_step, cluster.group_size, rng).tolist():
+                min(queues, key=len).extend([given, length] for length in group)
+            given += 1
+        while any(wave == step for queue in queues for wave, _ in queue):
+            tick(True)
+        found.append((now, now + train))
+        for _ in range(train):
+            tick(apart)
+    return found
+
+
+@pytest.mark.parametrize("placement", ["separate", "colocated"])
+@pytest.mark.parametrize("k", [0, 1, 2, 3])
+def test_a_whole_pipeline_equals_a_walk_second_by_second(k: int, placement: str) -> None:
+    values: dict[str, Any] = {"max_staleness": k, "placement": placement, "steps": 15, "in_flight": "keep"}
+    cluster = small(
+        **values,
+        gpus=6,
+        prompts_per_step=9,
+        replicas=Replicas(step_s=1.0, sequence_s=0.0, prefill_rate=1e18, max_num_seqs=5),
+        lengths=Lengths(kind="pareto", mean=30, tail=1.4, max_new_tokens=300, prompt=0),
+        train=Training(rate=1e18, fixed_s=70.0),
+        sync=Sync(seconds=4.0),
+    )
+    exact = ticked(cluster, sync=4, train=70)
+    times = [(step.ready, step.end) for step in simulated(cluster).steps]
+    assert times == [pytest.approx(pair) for pair in exact]
+    assert k == 0 or any(step.stale_sum for step in simulated(cluster).steps)
+
+
 CASES = {
     "synchronous": {"max_staleness": 0},
     "one step ahead": {"max_staleness": 1},
