@@ -15,7 +15,7 @@ HARMLESS = (
     *("save_", "keep_", "logging.", "evaluation.", "batch.", "preempt.", "failure.", "watchdog."),
     *("generator.memory_frac", "generator.kv_cache_gib", "generator.max_num_seqs", "generator.sleep_level"),
     *("generator.enforce_eager", "generator.canary_tolerance", "engine.zero_stage", "engine.offload_", "engine.park"),
-    *("engine.sequence_parallel", "engine.sync_bucket_mib", "model.gradient_checkpointing"),
+    *("generator.servers.", "engine.sequence_parallel", "engine.sync_bucket_mib", "model.gradient_checkpointing"),
     *("model.offload_activations", "model.logp_chunk", "model.attention"),
 )
 """Beginnings of keys that decide on files, speed and memory, and on the numbers up to their rounding at most."""

@@ -62,7 +62,7 @@ _BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
         "generator.servers.restarts "
         "sft.weight_decay evaluation.every evaluation.temperature logging.samples_per_step failure.empty_steps",
     ),
-    ("in (0, 1)", lambda x: 0 < x < 1, "generator.memory_frac"),
+    ("in (0, 1)", lambda x: 0 < x < 1, "generator.memory_frac generator.servers.memory_frac"),
     (
         "in (0, 1]",
         lambda x: 0 < x <= 1,

@@ -115,7 +115,8 @@ class Plan:
         generator = self.recipe.generator
         if not self.device.is_gpu:
             return int(generator.kv_cache_gib * GIB)
-        share = int(generator.memory_frac * self.device.memory_gib * GIB)
+        frac = generator.servers.memory_frac if generator.kind == "remote_vllm" else generator.memory_frac
+        share = int(frac * self.device.memory_gib * GIB)
         return max(0, share - self.total * self.itemsize - VLLM_WORKSPACE)
 
     @property
@@ -314,7 +315,13 @@ def _generator_bytes(plan: Plan) -> tuple[int, int]:
     if plan.recipe.generator.kind == "hf":
         return weights + plan.recipe.sampling.group_size * (plan.prompt + plan.longest) * cache, weights
     if not plan.device.is_gpu:
-        return weights + plan.cache_room, weights + plan.cache_room
+        servers = plan.recipe.generator.servers
+        here = 0 if servers.urls else servers.replicas  # those of a run are on its own machine
+        engines = 1.0 if plan.recipe.generator.kind == "local_vllm" else here / plan.ranks
+        held = int(engines * (weights + plan.cache_room))
+        return held, held
+    if plan.recipe.generator.kind == "remote_vllm":
+        return 0, 0
     share = int(plan.recipe.generator.memory_frac * plan.device.memory_gib * GIB)
     return share, share if plan.recipe.generator.sleep_level == 0 else 0
 

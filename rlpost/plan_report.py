@@ -88,6 +88,8 @@ def _generation_advice(plan: Plan) -> Iterator[str]:
     if generator.kind == "hf":
         yield "generator.kind=hf answers one prompt after another: local_vllm is faster"
         return
+    if generator.kind == "remote_vllm":
+        yield "generator servers: what is said of generation is for as many servers as ranks, each like a rank's device"
     wanted = min(plan.rollouts, generator.max_num_seqs)
     if room < wanted:
         what = f"{room or 'not one'} of {wanted} answers of full length decode at once"
@@ -108,6 +110,8 @@ def _more_cache(plan: Plan, wanted: int) -> str:
         return "there is no memory for more; lower sampling.max_new_tokens, or use more ranks"
     more = min(missing, free)
     if plan.device.is_gpu:
+        if generator.kind == "remote_vllm":
+            return "raise generator.servers.memory_frac, or use more generator.servers.replicas"
         return f"raise generator.memory_frac to {generator.memory_frac + more / memory:.2f}"
     return f"raise generator.kv_cache_gib to {generator.kv_cache_gib + more / GIB:.3g}"
 
@@ -155,7 +159,7 @@ def _memory(plan: Plan) -> list[str]:
 
 def _step(plan: Plan) -> list[str]:
     both = plan.expected, plan.worst
-    room = str(plan.sequence_room) if plan.recipe.generator.kind == "local_vllm" else "-"
+    room = str(plan.sequence_room) if plan.recipe.generator.kind != "hf" else "-"
     table: list[tuple[str, list[str]]] = [
         ("tokens of a completion", [f"{one.completion}" for one in both]),
         ("tokens of a prompt", [f"{plan.prompt}"] * 2),

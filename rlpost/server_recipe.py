@@ -23,6 +23,8 @@ class Servers:
     """Of the first server, and one more for each after it; null: any that are free."""
     gpus: list[int] = field(default_factory=list)
     """The node's GPUs for servers, `tensor_parallel * data_parallel` for each in this order; empty: the last ones."""
+    memory_frac: float = 0.9
+    """Share of each of these GPUs that a server takes."""
     tensor_parallel: int = 1
     data_parallel: int = 1
     transfer: Literal["auto", "shm", "nccl", "ipc"] = "auto"
@@ -36,4 +38,4 @@ class Servers:
     start_s: float = 600.0
     """How long to wait for a server to start, or for any to come back where all are lost."""
     restarts: int = 10
-    """How often a server that ends is started again."""
+    """How often a server that ends is started again, in a row: one that ran for two minutes begins to count anew."""

@@ -85,7 +85,7 @@ def length_mean(logp_BT, behavior_logp_BT, adv_BT, *, document_BT, mask_BT):
 '''
 VARYING = (
     *("unix_s", "time/", "reward/latency/", "total/device_s", "energy/", "total/energy"),
-    *("sync/seconds", "sync/gb_per_s", "memory/"),
+    *("sync/seconds", "sync/gb_per_s", "servers/update_s", "memory/"),
 )
 
 

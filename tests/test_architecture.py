@@ -32,6 +32,7 @@ AT_HOME = {
         "rlpost/report/plots.py",
         "rlpost/scaling/plots.py",
         "rlpost/simulate/brorl.py",
+        "rlpost/simulate/pipeline_command.py",
         "rlpost/synth/collect.py",
     },
     "rich": {
@@ -41,6 +42,7 @@ AT_HOME = {
         "rlpost/rescore.py",
         "rlpost/samples.py",
         "rlpost/simulate/brorl.py",
+        "rlpost/simulate/pipeline_command.py",
         "rlpost/try_reward.py",
         "rlpost/watch.py",
     },
@@ -50,6 +52,7 @@ AT_HOME = {
         "rlpost/scaling/fit.py",
         "rlpost/scaling/fits.py",
         "rlpost/scaling/search.py",
+        "rlpost/simulate/rates.py",
     },
     "sklearn": {"curricula/_irt.py"},
     "wandb": {"rlpost/trackers.py"},

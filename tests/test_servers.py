@@ -96,8 +96,8 @@ def test_a_server_that_comes_back_is_given_the_weights_and_proved_before_it_serv
 
 
 def test_where_no_server_comes_back_the_run_ends_with_one_message(make: Make) -> None:
-    fleet, [server] = make(("die",), start_s=1.0)
-    with pytest.raises(RunError, match=rf"start_s=1 s in vain for a server that is alive \({server.url} failed"):
+    fleet, _ = make(("die",), start_s=1.0)
+    with pytest.raises(RunError, match=r"start_s=1 s in vain for a server that is alive .http"):
         run(fleet)
 
 
@@ -105,7 +105,7 @@ def test_a_server_that_comes_back_with_other_weights_than_it_was_given_ends_the_
     fleet, [server] = make(("die",))
     server.scores = -0.7
     threading.Timer(0.2, server.restart).start()
-    with pytest.raises(RunError, match="^canary$"):
+    with pytest.raises(RunError, match=r"^canary$"):
         run(fleet)
     assert "/rlpost/open" not in server.calls
 
@@ -178,7 +178,7 @@ def test_a_rank_that_is_asked_to_leave_does_so_while_it_waits(make: Make) -> Non
 
 
 def test_another_key_is_named_and_nothing_of_it_is_said(make: Make) -> None:
-    fleet, [server] = make(())
+    _, [server] = make(())
     stranger = Replica(server.url, "wrong", timeout_s=1.0)
     with pytest.raises(RunError, match="RLPOST_SERVER_KEY differs") as caught:
         stranger.state()

@@ -64,7 +64,7 @@ def command(recipe: Recipe, model: Path, context: int, port: int, *, on_cpu: boo
         "enable_chunked_prefill": False if on_cpu and generator.seeding == "request" else None,
         "kv_cache_memory_bytes": int(generator.kv_cache_gib * 2**30) if on_cpu else None,
         "block_size": CPU_BLOCK if on_cpu else None,
-        "gpu_memory_utilization": generator.memory_frac,
+        "gpu_memory_utilization": servers.memory_frac,
         "enforce_eager": True if generator.enforce_eager or (on_cpu and generator.enforce_eager is None) else None,
         "logprobs_mode": "processed_logprobs",
         "seed": recipe.seed,

@@ -106,6 +106,8 @@ class Fleet:
                 except Lost as error:
                     replica.lose(error)
 
+        if self.error is not None:
+            raise self.error
         for done in [self._pool.submit(guarded, one) for one in self.owned]:
             done.result()
 

@@ -50,8 +50,8 @@ class Started:
         for i, server in enumerate(told):
             if server["state"] == "given up":
                 return (
-                    f"generator.servers: server {i} must start and stay (it ended {server['starts']} times, of which "
-                    f"generator.servers.restarts bounds the number); the end of {self.folder}/{i}.log:\n{self._tail(i)}"
+                    f"generator.servers: server {i} must start and stay (it ended {server['starts']} times, and "
+                    f"generator.servers.restarts bounds that); the end of {self.folder}/{i}.log:\n{self._tail(i)}"
                 )
         if self.process is not None and self.process.poll() is not None:
             return f"generator.servers: the supervisor has ended ({self.process.returncode}): see {self.folder}"

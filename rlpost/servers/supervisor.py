@@ -22,6 +22,8 @@ from typing import Any
 TICK_S = 0.2
 END_S = 10.0
 """How long a server may take to end by itself."""
+LASTS_S = 120.0
+"""A start that lasts so long counts as one that went well."""
 BACKOFF_S = 60.0
 """The longest pause before a server is started again; it begins at a second and doubles."""
 
@@ -39,6 +41,9 @@ class Server:
     environment: dict[str, str]
     process: subprocess.Popen[bytes] | None = None
     starts: int = 0
+    since: float = 0.0
+    in_a_row: int = 0
+    """Starts that did not last."""
     due: float = 0.0
     state: str = "to start"
     """`to start`, `running`, or `given up`."""
@@ -55,8 +60,7 @@ class Server:
                 stderr=log,
                 start_new_session=True,
             )
-        self.starts += 1
-        self.state = "running"
+        self.starts, self.since, self.state = self.starts + 1, time.monotonic(), "running"
 
     def tell(self, number: int) -> None:
         """Send a signal to all of its processes."""
@@ -116,9 +120,10 @@ class Supervisor:
         if server.state != "running" or server.process is None or server.process.poll() is None:
             return False
         server.tell(signal.SIGKILL)  # what is left of it
-        again = server.starts <= self.restarts
+        server.in_a_row = 1 if time.monotonic() - server.since > LASTS_S else server.in_a_row + 1
+        again = server.in_a_row <= self.restarts
         server.state = "to start" if again else "given up"
-        server.due = time.monotonic() + min(2.0 ** (server.starts - 1), BACKOFF_S)
+        server.due = time.monotonic() + min(2.0 ** min(server.in_a_row - 1, 9), BACKOFF_S)
         with server.log.open("a") as log:
             then = "it is started again" if again else "it is given up"
             log.write(f"rlpost: the server ended with {server.process.returncode} (start {server.starts}); {then}\n")
