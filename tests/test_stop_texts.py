@@ -146,3 +146,24 @@ def test_t16_log_probs_behind_a_tool_are_the_trainers(both):
         if behavior is not None
     ]
     assert len(pairs) > 50 and max(abs(behavior - own) for behavior, own in pairs) < 1e-4
+
+
+def test_servers_are_asked_for_stop_texts_where_there_are_some():
+    from rlpost.servers.dispatch import Call
+
+    plain, stopped = (
+        Call(None, REQUESTS, sampling, seeded=True).asked["sampling"]  # type: ignore[arg-type]
+        for sampling in (GREEDY, replace(GREEDY, stop=("]",)))
+    )
+    assert "stop" not in plain
+    assert stopped == plain | {"stop": ["]"], "include_stop_str_in_output": True}
+
+
+@pytest.mark.slow
+def test_a_server_draws_with_the_stop_texts_that_it_is_asked_for():
+    from rlpost.generate.server_gate import _params
+
+    drawn = _params({"temperature": 1.0, "stop": ["]"], "include_stop_str_in_output": True}, 3, 9)
+    assert (drawn.stop, drawn.include_stop_str_in_output, drawn.detokenize) == (["]"], True, True)
+    plain = _params({"temperature": 1.0}, 3, 9)
+    assert (plain.stop, plain.detokenize) == ([], False)
