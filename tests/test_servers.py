@@ -97,7 +97,7 @@ def test_a_server_that_comes_back_is_given_the_weights_and_proved_before_it_serv
 
 def test_where_no_server_comes_back_the_run_ends_with_one_message(make: Make) -> None:
     fleet, _ = make(("die",), start_s=1.0)
-    with pytest.raises(RunError, match=r"start_s=1 s in vain for a server that is alive .http.* failed"):
+    with pytest.raises(RunError, match="start_s=1 s in vain for a server that is alive"):
         run(fleet)
 
 
@@ -105,7 +105,7 @@ def test_a_server_that_comes_back_with_other_weights_than_it_was_given_ends_the_
     fleet, [server] = make(("die",))
     server.scores = -0.7
     threading.Timer(0.2, server.restart).start()
-    with pytest.raises(RunError, match="^canary$"):
+    with pytest.raises(RunError, match=r"^canary$"):
         run(fleet)
     assert "/rlpost/open" not in server.calls
 

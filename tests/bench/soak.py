@@ -5,7 +5,7 @@
 One run, one command: a rank, and servers that the run starts itself. Afterwards its files are held against what must
 hold whatever happens: each group is trained exactly once and whole, its tokens have the log-probs of weights that are
 no older than allowed, and no step takes longer than the time limits explain. Writes `soak.md` and `soak.json`, and
-fails where something does not hold. A server that is restarted needs its start-up time, so few accidents fit in a minute.
+fails where something does not hold. A server needs its start-up time, so few accidents fit in a minute.
 """
 
 from __future__ import annotations
