@@ -45,12 +45,13 @@ def write_part(
                 places.append((group, i))
                 requests.append(continuation(rollout, i, group, sampling, tokens))
     for (group, place), found in zip(places, generator.generate(requests, sampling), strict=True):
+        whole = found if place is None else joined(group.rollouts[place], found, renderer)
+        if sampling.repeats is not None and whole.truncated and circles(whole.token_ids, *sampling.repeats):
+            whole = replace(whole, finish_reason="repetition")
         if place is None:
-            group.rollouts.append(found)
+            group.rollouts.append(whole)
         else:
-            whole = joined(group.rollouts[place], found, renderer)
-            looped = sampling.repeats is not None and circles(whole.token_ids, *sampling.repeats)
-            group.rollouts[place] = replace(whole, finish_reason="repetition") if looped else whole
+            group.rollouts[place] = whole
     return [group for group in groups if any(is_unfinished(rollout, sampling) for rollout in group.rollouts)]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from rlpost import figures
+from rlpost.algorithm_recipe import Algorithm
 from rlpost.batch import documents_of, in_parts, make_batch, with_scores
 from rlpost.behavior import with_behavior
 from rlpost.credit import credit
@@ -77,9 +78,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     recipe, clock, metrics, engine, critic = run.recipe, run.clock, run.metrics, run.engine, run.critic
     groups = gather(run, step)
     with clock("score"):
-        cut, earlier = recipe.algorithm.truncated == "keep", recipe.algorithm.earlier == "train"
-        documents = score_documents(run, documents_of(groups, train_truncated=cut, train_earlier=earlier))
-        documents = with_behavior(run, documents)
+        documents = with_behavior(run, scored(run, to_train(run.recipe.algorithm, groups)))
         run.objective.begin(documents)
     with clock("batch"):
         documents = credited(run, groups, documents)
@@ -107,7 +106,13 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     return figures.log_step(run, step)
 
 
-def score_documents(run: Run, documents: list[Document]) -> list[Document]:
+def to_train(algorithm: Algorithm, groups: list[Group]) -> list[Document]:
+    """The rollouts as documents, with what the algorithm leaves out of them."""
+    kept = {"train_truncated": algorithm.truncated == "keep", "train_earlier": algorithm.earlier == "train"}
+    return documents_of(groups, **kept)
+
+
+def scored(run: Run, documents: list[Document]) -> list[Document]:
     """What the policy before its first update, the reference and the critic say of each token, where that is asked."""
     engine, reference, critic = run.engine, run.reference, run.critic
     scored_by_policy = run.objective.needs_prox
@@ -129,8 +134,8 @@ def score_documents(run: Run, documents: list[Document]) -> list[Document]:
             run.accounts.passed("critic", micro)
         return found
 
-    scored = iter(with_scores(chosen, run.packer, run.world, scores))
-    return [next(scored) if document.inclusion else document for document in documents]
+    whole = iter(with_scores(chosen, run.packer, run.world, scores))
+    return [next(whole) if document.inclusion else document for document in documents]
 
 
 def credited(run: Run, groups: list[Group], documents: list[Document]) -> list[Document]:

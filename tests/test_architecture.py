@@ -36,6 +36,7 @@ AT_HOME = {
         "rlpost/report/plots.py",
         "rlpost/scaling/plots.py",
         "rlpost/simulate/brorl.py",
+        "rlpost/simulate/pipeline_command.py",
         "rlpost/synth/collect.py",
     },
     "rich": {
@@ -45,6 +46,7 @@ AT_HOME = {
         "rlpost/rescore.py",
         "rlpost/samples.py",
         "rlpost/simulate/brorl.py",
+        "rlpost/simulate/pipeline_command.py",
         "rlpost/try_reward.py",
         "rlpost/watch.py",
     },
@@ -54,6 +56,7 @@ AT_HOME = {
         "rlpost/scaling/fit.py",
         "rlpost/scaling/fits.py",
         "rlpost/scaling/search.py",
+        "rlpost/simulate/rates.py",
     },
     "sklearn": {"curricula/_irt.py"},
     "wandb": {"rlpost/trackers.py"},

@@ -12,7 +12,7 @@ from tiny import CPU, VOCAB, tiny_policy, tiny_tokenizer, write_folder
 from rlpost.batch import document, make_batch
 from rlpost.engine import Engine
 from rlpost.errors import RunError
-from rlpost.generate.base import Canary, SyncReport, canary_tokens
+from rlpost.generate.base import Canary, SyncReport, canary_tokens, circles
 from rlpost.generate.hf import HfGenerator, processed_logp
 from rlpost.losses import ppo_clip, weighted_sum
 from rlpost.metrics import Metrics
@@ -147,6 +147,38 @@ def test_temperature_zero_is_the_greedy_choice(hf):
         nearly = generator.generate(REQUESTS, replace(SAMPLING, temperature=1e-4))
     assert [rollout.token_ids for rollout in greedy] == [rollout.token_ids for rollout in nearly]
     assert len({rollout.token_ids for rollout in greedy[:5]}) == 1
+
+
+REPEATS = {"repeats": (3, 4), "max_new_tokens": 24, "temperature": 0.3, "stop_ids": ()}
+"""An untrained model at this temperature goes round in circles soon, and at different moments."""
+
+
+def check_circles(rollouts, others):
+    """Each answer ends where it has come full circle, and no earlier; `others` ran on, with the same dice."""
+    assert "repetition" in {rollout["finish_reason"] for rollout in rollouts}
+    for rollout, other in zip(rollouts, others, strict=True):
+        ids = tuple(rollout["token_ids"])
+        assert ids == tuple(other)[: len(ids)]
+        at = [end for end in range(1, len(other) + 1) if circles(other[:end], 3, 4)]
+        assert len(ids) == (at[0] if at else len(other))
+        assert (rollout["finish_reason"] == "repetition") == (bool(at) and len(ids) < 24)
+
+
+def test_hf_ends_what_goes_round_in_circles(hf):
+    engine, generator = hf
+    free = replace(SAMPLING, **REPEATS | {"repeats": None})
+    with generator.awake(engine, 0):
+        rollouts = generator.generate(REQUESTS, replace(SAMPLING, **REPEATS))
+        others = generator.generate(REQUESTS, free)
+    assert all(rollout.truncated for rollout in rollouts)
+    check_circles([rollout_as_json(rollout) for rollout in rollouts], [other.token_ids for other in others])
+
+
+def test_a_request_may_ask_for_fewer_tokens_than_the_sampling_allows(hf):
+    engine, generator = hf
+    with generator.awake(engine, 0):
+        rollouts = generator.generate([replace(REQUESTS[0], limit=3), REQUESTS[1]], replace(SAMPLING, stop_ids=()))
+    assert [len(one.token_ids) for one in rollouts] == [3] * 5 + [SAMPLING.max_new_tokens] * 4
 
 
 def test_hf_gives_n_rollouts_a_request_in_order(hf):
@@ -308,6 +340,9 @@ def sample_vllm(generator):
         "greedy_logp": [one.behavior_logp for one in generator.generate(REQUESTS, replace(SAMPLING, top_k=1))],
     }
     generator.recipe.seeding = "request"
+    result["circles"] = [rollout_as_json(one) for one in generator.generate(REQUESTS, replace(SAMPLING, **REPEATS))]
+    result["others"] = ids(REQUESTS, **REPEATS | {"repeats": None})
+    result["limited"] = [len(one) for one in ids([replace(REQUESTS[0], limit=3), REQUESTS[1]], stop_ids=())]
     together, alone = ids(REQUESTS), ids(REQUESTS[1:])
     result["request_seed_is_its_own"] = together[5:] == alone
     result["samples_differ"] = len(set(together[:5])) > 1
@@ -324,6 +359,12 @@ def rollout_as_json(rollout):
 def vllm(request):
     [result] = run_ranks(run_vllm, num_ranks=1, tie=request.param)
     return result
+
+
+@pytest.mark.slow
+def test_vllm_ends_what_goes_round_in_circles_and_where_a_request_says(vllm):
+    check_circles(vllm["circles"], vllm["others"])
+    assert vllm["limited"] == [3] * 5 + [SAMPLING.max_new_tokens] * 4
 
 
 @pytest.mark.slow

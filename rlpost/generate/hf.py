@@ -122,7 +122,7 @@ class HfGenerator:
 
 
 def ended(ids: Sequence[int], sampling: Sampling) -> tuple[int, FinishReason]:
-    """How many of the tokens that a row was given belong to its answer, and why that ended.
+    """How many of the tokens that a row was given belong to its answer, and why that ended; the limit comes first.
 
     >>> ended([5, 1, 7], Sampling(3, stop_ids=(1,))), ended([5, 5, 7], Sampling(3, repeats=(2, 1)))
     ((2, 'stop'), (2, 'repetition'))
@@ -130,7 +130,7 @@ def ended(ids: Sequence[int], sampling: Sampling) -> tuple[int, FinishReason]:
     for i, token in enumerate(ids, 1):
         if token in sampling.stop_ids:
             return i, "stop"
-        if sampling.repeats is not None and circles(ids[:i], *sampling.repeats):
+        if sampling.repeats is not None and i < len(ids) and circles(ids[:i], *sampling.repeats):
             return i, "repetition"
     return len(ids), "length"
 
