@@ -86,12 +86,13 @@ class Accounts:
             if purpose == "evaluate":
                 self._now["tokens/evaluated"] += sum(completions)
             else:
-                self._now["tokens/prompt"] += prompt
+                self._now["tokens/prompt"] += prompt - request.known
             if costs is None or not completions:
                 continue
-            needed = costs.generation(prompt=prompt, completions=completions, block=1)
+            sizes = {"prompt": prompt, "known": request.known}
+            needed = costs.generation(**sizes, completions=completions, block=1)
             if block:
-                spent = costs.generation(prompt=prompt, completions=completions, block=block)
+                spent = costs.generation(**sizes, completions=completions, block=block)
             else:  # plain transformers: rows go on until the longest has ended; of prompts all logits and all pairs
                 spent = costs.generation(prompt=prompt, completions=[max(completions)] * request.n, block=0)
                 masked = full_pairs([prompt]) - causal_pairs([prompt])

@@ -25,6 +25,7 @@ from rlpost.metrics import metric_info
 from rlpost.plugins import bind
 from rlpost.recipe import Recipe, Sft, read
 from rlpost.reward_recipe import reward_problems
+from rlpost.rollout_recipe import rollout_problems
 from rlpost.sources import source_problems
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -112,6 +113,7 @@ def check(recipe: Recipe, world_size: int = 1) -> list[str]:
         *task_problems(recipe),
         *evaluation_problems(recipe),
         *_plugins(recipe),
+        *rollout_problems(recipe),
         *algorithm_problems(recipe),
         *explore_problems(recipe),
         *synth_problems(recipe),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +9,9 @@ from typing import TypeVar
 
 from rlpost.algorithm_recipe import Interruption
 from rlpost.generate.base import Generator, Whole
+from rlpost.lockstep import in_turns
 from rlpost.render import Renderer
+from rlpost.seeds import seed_of
 from rlpost.types import Group, Request, Rollout, Sampling, Task
 
 T = TypeVar("T")
@@ -85,10 +86,12 @@ def answers(
     *,
     whole: Whole | None = None,
 ) -> list[Rollout]:
-    """What was asked for: generated, or given with the request."""
+    """What was asked for: generated, in one call or over several (`sampling.rollout`), or given with the request."""
     interrupts = interruption is not None and interruption.text is not None
     wanted = [request for request in requests if request.given is None]
-    if whole is None or interrupts:  # what is interrupted has not ended yet
+    if sampling.rollout is not None:
+        rollouts = in_turns(generator, renderer, wanted, sampling, whole=whole)
+    elif whole is None or interrupts:  # what is interrupted has not ended yet
         rollouts = generator.generate(wanted, sampling)
     else:
         rollouts = generator.generate(wanted, sampling, whole)
@@ -150,8 +153,3 @@ def interrupted(
 def request_seed(seed: int, group: int) -> int:
     """A seed below 2^31 that belongs to this run and group, whatever the number of ranks."""
     return seed_of(f"{seed}:{group}")
-
-
-def seed_of(text: str) -> int:
-    """A seed below 2^31 that belongs to a text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1

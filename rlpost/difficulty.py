@@ -144,7 +144,7 @@ class Prober:
     def _first_tokens(self, mine: Sequence[tuple[int, Task]]) -> list[dict[str, Any]]:
         """Whether the probe is the most probable first token: ScaleDiff's test, where such a task is easy."""
         token = probe_token(self.renderer, str(self.ask.probe))
-        greedy = replace(self.sampling, temperature=0.0, max_new_tokens=1)
+        greedy = replace(self.sampling, temperature=0.0, max_new_tokens=1, rollout=None)
         groups = collect(self.generator, self.renderer, mine, greedy, group_size=1, first_group=0, seed=0)
         return [{"probe_first": group.rollouts[0].token_ids[:1] == (token,)} for group in groups]
 

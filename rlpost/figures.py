@@ -30,6 +30,7 @@ def log_rollouts(run: Run, step: int, groups: list[Group], kept: list[Group], wa
     thrown_away = [one for one in generated if one.role != "expert" and id(one) not in chosen]
     alone = [rollout for rollout in generated if rollout.role == "policy"]
     _log_verdicts(metrics, generated)
+    _log_turns(metrics, generated)
     for rollout in generated:
         if rollout.role != "policy":
             _log_helped(metrics, rollout)
@@ -42,7 +43,7 @@ def log_rollouts(run: Run, step: int, groups: list[Group], kept: list[Group], wa
     metrics.sum("groups/num", len(groups))
     metrics.sum("groups/trained", len(kept))
     metrics.sum("rollouts/discarded", len(thrown_away))
-    metrics.sum("tokens/discarded", sum(len(rollout.token_ids) for rollout in thrown_away))
+    metrics.sum("tokens/discarded", sum(rollout.num_written for rollout in thrown_away))
     metrics.last("groups/waves", waves)
     if run.pipeline.keeps:
         _log_pipeline(run, step, groups)
@@ -121,11 +122,21 @@ def _log_verdicts(metrics: Metrics, rollouts: Sequence[Rollout]) -> None:
         metrics.means(name, values)
 
 
+def _log_turns(metrics: Metrics, rollouts: Sequence[Rollout]) -> None:
+    """Who wrote how much of the answers that a rollout function led."""
+    led = [rollout.turns for rollout in rollouts if rollout.turns]
+    tools = [[turn for turn in turns if turn.writer == "tool"] for turns in led]
+    metrics.means("tools/turns", [len(turns) - len(calls) for turns, calls in zip(led, tools, strict=True)])
+    metrics.means("tools/calls", [len(calls) for calls in tools])
+    metrics.means("tools/errors", [sum(turn.error for turn in calls) for calls in tools])
+    metrics.means("tools/length", [sum(turn.num_tokens for turn in calls) for calls in tools])
+
+
 def _log_alone(metrics: Metrics, rollouts: Sequence[Rollout], weights: Mapping[str, float]) -> None:
     """What the policy wrote without help: a column at a time, as there are many rows."""
     lengths = [len(rollout.token_ids) for rollout in rollouts]
     metrics.sum("rollouts/num", len(rollouts))
-    metrics.sum("tokens/generated", sum(lengths))
+    metrics.sum("tokens/generated", sum(rollout.num_written for rollout in rollouts))
     metrics.means("rollouts/length_mean", lengths)
     metrics.max("rollouts/length_max", max(lengths))
     metrics.means("rollouts/truncated_frac", [float(rollout.truncated) for rollout in rollouts])
@@ -148,7 +159,7 @@ def _log_helped(metrics: Metrics, rollout: Rollout) -> None:
     """An answer under a hint, or of somebody else: apart from what says how well the policy does."""
     metrics.sum(f"{rollout.role}/num", 1)
     if rollout.role == "guided":
-        metrics.sum("tokens/generated", len(rollout.token_ids))
+        metrics.sum("tokens/generated", rollout.num_written)
         metrics.mean("guided/copied_frac", copied_frac(rollout.hint, rollout.text))
     if rollout.passed is not None:
         metrics.mean(f"{rollout.role}/solved_frac", float(rollout.passed))

@@ -154,14 +154,16 @@ class Costs:
         sizes = {"positions": positions, "pairs": pairs, "logits": logits}
         return self.forward(**sizes) + self._gradients(positions, pairs, logits)
 
-    def generation(self, *, prompt: int, completions: Sequence[int], block: int) -> int:
+    def generation(self, *, prompt: int, completions: Sequence[int], block: int, known: int = 0) -> int:
         """The answers to one prompt, of which each but the first finds whole blocks of `block` tokens computed.
 
-        The last token of a prompt is computed for every answer; block 0: nothing is found again.
+        The first finds those of the `known` tokens that an earlier call has computed. The last token of a prompt is
+        computed for every answer; block 0: nothing is found again.
         """
         total = 0
         for i, completion in enumerate(completions):
-            found = (prompt - 1) // block * block if block and i else 0
+            there = prompt - 1 if i else min(known, prompt - 1)
+            found = there // block * block if block else 0
             pairs = causal_pairs([prompt + completion - 1]) - causal_pairs([found])
             total += self.forward(positions=prompt + completion - 1 - found, pairs=pairs, logits=completion)
         return total

@@ -44,7 +44,7 @@ def answered(run: Any, tasks: Sequence[Task], tries: int) -> list[Group]:
         )
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     run.metrics.sum("rollouts/measured", len(rollouts))
-    run.metrics.sum("tokens/measured", sum(len(rollout.token_ids) for rollout in rollouts))
+    run.metrics.sum("tokens/measured", sum(rollout.num_written for rollout in rollouts))
     return groups
 
 

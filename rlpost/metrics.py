@@ -72,12 +72,18 @@ METRICS: dict[str, MetricInfo] = {
     "rollouts/discarded": MetricInfo("rollouts", "sum", "rollouts generated and not trained on"),
     "rollouts/measured": MetricInfo("rollouts", "sum", "rollouts that the curriculum asked for to measure difficulty"),
     "rollouts/truncated_frac": MetricInfo("fraction", "mean", "rollouts that ran into the length limit"),
-    "rollouts/length_mean": MetricInfo("tokens", "mean", "tokens of a completion"),
+    "rollouts/length_mean": MetricInfo("tokens", "mean", "tokens of a completion, a tool's among them"),
     "rollouts/length_max": MetricInfo("tokens", "max", "tokens of the longest completion"),
     "rollouts/length_p*": MetricInfo("tokens", "quantile", "completion that this share of all is no longer than"),
     "rollouts/loss": MetricInfo("fraction", "last", "1 - pass@1 of the training prompts", "arXiv:2509.25300"),
     "rollouts/pass@*": MetricInfo(
         "fraction", "mean", "unbiased pass@k without help, over prompts that got k answers", "arXiv:2107.03374, eq. 1"
+    ),
+    "tools/turns": MetricInfo("turns", "mean", "calls of the generator for a rollout that a function leads"),
+    "tools/calls": MetricInfo("calls", "mean", "tool outputs in such a rollout"),
+    "tools/errors": MetricInfo("calls", "mean", "of those: outputs by which the function says that the tool failed"),
+    "tools/length": MetricInfo(
+        "tokens", "mean", "tokens of a completion that tools wrote, on which nothing is trained"
     ),
     "explore/waves": MetricInfo("waves", "max", "waves that explorers asked for beyond the first, most of a step's"),
     "explore/rollouts": MetricInfo("rollouts", "sum", "rollouts that explorers asked for"),
@@ -125,8 +131,10 @@ METRICS: dict[str, MetricInfo] = {
     "law/intercept": MetricInfo("fraction", "last", "b of it", "arXiv:2505.22617"),
     "law/ceiling": MetricInfo("fraction", "last", "b - a: pass@1 once no entropy is left", "arXiv:2505.22617"),
     "law/r2": MetricInfo("fraction", "last", "share of the variance of pass@1 that the law explains"),
-    "tokens/prompt": MetricInfo("tokens", "sum", "prompts given to the generator, once for all answers of a request"),
-    "tokens/generated": MetricInfo("tokens", "sum", "completion tokens of all rollouts"),
+    "tokens/prompt": MetricInfo(
+        "tokens", "sum", "prompts given to the generator, once for all answers of a request; and what tools wrote"
+    ),
+    "tokens/generated": MetricInfo("tokens", "sum", "completion tokens of all rollouts that the policy wrote"),
     "tokens/measured": MetricInfo("tokens", "sum", "completion tokens of measured rollouts"),
     "tokens/discarded": MetricInfo("tokens", "sum", "completion tokens generated and not trained on"),
     "tokens/trained": MetricInfo("tokens", "sum", "tokens under the loss, each epoch counted"),

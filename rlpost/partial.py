@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rlpost.collect import seed_of
 from rlpost.generate.base import Generator, circles
 from rlpost.render import Renderer
+from rlpost.seeds import seed_of
 from rlpost.types import Group, Request, Rollout, Sampling
 
 

@@ -198,6 +198,9 @@ class Recipe:
     """The same for functions of a whole group, asked once it is complete and its rollouts have their `rewards`. What
     they give is trained on; what counts as solved, and evaluation, know only `rewards`."""
     sampling: SamplingRecipe = field(default_factory=SamplingRecipe)
+    rollout: dict[str, Any] | None = None
+    """What leads every answer over several calls of the generator: `use` (a name in `rlpost/turns/` or a dotted path)
+    and its parameters; null: one call makes an answer."""
     explore: list[dict[str, Any]] = field(default_factory=list)
     """Explorers, asked in this order for further rollouts: each with `use` (a name in `rlpost/explore/` or a dotted
     path) and its parameters. Left out: the algorithm's."""

@@ -19,6 +19,7 @@ from rlpost.errors import RecipeError, RunError
 from rlpost.history import lines_of
 from rlpost.plugins import make_importable
 from rlpost.reward_recipe import bind_rewards
+from rlpost.talk import Turn
 from rlpost.types import Group, Rollout, Task
 
 DROP = Failure(reward="drop")
@@ -144,6 +145,7 @@ def rollout_of(row: Mapping[str, Any], group: int, tasks: Mapping[str, Task]) ->
         role=row.get("role", "policy"),
         hint=row.get("hint", ""),
         level=row.get("level", 0),
+        turns=tuple(Turn(**turn) for turn in row.get("turns", ())),
     )
 
 

@@ -43,6 +43,7 @@ from rlpost.random_state import seed_all
 from rlpost.recipe import GeneratorRecipe, Recipe
 from rlpost.render import Renderer, check_lengths, generation_eos_ids, load_tokenizer
 from rlpost.reward_recipe import bind_rewards
+from rlpost.rollout_recipe import bind_rollout
 from rlpost.samples import Samples
 from rlpost.score import Rewards
 from rlpost.servers.start import Started, start_servers
@@ -276,8 +277,9 @@ def training_sampling(recipe: Recipe, tasks: list[Task], renderer: Renderer) -> 
     """How rollouts are drawn in training; every training prompt must leave room for them."""
     asked = recipe.sampling
     check_room(recipe, tasks, renderer, asked.max_new_tokens, "tasks.train")
+    how = asked.temperature, asked.top_p, asked.top_k
     repeats = None if asked.repeats is None else (asked.repeats, asked.repeat_tokens)
-    return Sampling(asked.max_new_tokens, asked.temperature, asked.top_p, asked.top_k, renderer.stop_ids, repeats)
+    return Sampling(asked.max_new_tokens, *how, renderer.stop_ids, repeats, rollout=bind_rollout(recipe))
 
 
 def check_room(recipe: Recipe, tasks: list[Task], renderer: Renderer, max_new_tokens: int, where: str) -> None:
@@ -309,7 +311,8 @@ def make_evaluator(
     asked = recipe.evaluation
     max_new_tokens = asked.max_new_tokens or recipe.sampling.max_new_tokens
     check_room(recipe, tasks, renderer, max_new_tokens, "tasks.eval")
-    sampling = Sampling(max_new_tokens, asked.temperature, asked.top_p, stop_ids=renderer.stop_ids)
+    how = asked.temperature, asked.top_p
+    sampling = Sampling(max_new_tokens, *how, stop_ids=renderer.stop_ids, rollout=bind_rollout(recipe))
     vote = voter(asked.vote, recipe.rewards[0]["use"]) if recipe.rewards else None
     interruption = recipe.algorithm.interruption
     return Evaluator(tasks, asked, renderer, rewards, sampling, recipe.seed, world, interruption, vote)

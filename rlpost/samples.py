@@ -6,6 +6,7 @@ import base64
 import json
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ def sample(step: int, rollout: Rollout) -> dict[str, Any]:
         "finish_reason": rollout.finish_reason,
         "num_tokens": len(rollout.token_ids),
         "token_ids": base64.b64encode(array("I", rollout.token_ids).tobytes()).decode(),
+        **({"turns": [asdict(turn) for turn in rollout.turns]} if rollout.turns else {}),
         **({"role": rollout.role, "hint": rollout.hint, "level": rollout.level} if rollout.role != "policy" else {}),
     }
 
@@ -117,14 +119,16 @@ def prompt_text(task: Task) -> str:
 
 
 def render(sample: Mapping[str, Any]) -> Text:
-    """One sample for rich to print; never as markup, which would eat the backslash of a completion's `\\[`."""
+    """One sample for rich to print, what a tool wrote in reverse; never as markup, which would eat a backslash."""
     reward = "unjudged" if sample["reward"] is None else f"{sample['reward']:.3g}"
     parts = ", ".join(f"{name} {'-' if value is None else f'{value:.3g}'}" for name, value in sample["parts"].items())
     hint = f"hint of level {sample['level']}: {sample['hint']}\n" if sample.get("hint") else ""
+    turns = [(turn["text"], "reverse" if turn["writer"] == "tool" else "") for turn in sample.get("turns", ())]
     return Text.assemble(
         (f"step {sample['step']}  task {sample['task']}  reward {reward} ({parts})\n", "bold"),
         (f"{sample['prompt']}\n", "dim"),
         (hint, "dim italic"),
-        f"{sample['completion']}\n",
+        *(turns or [sample["completion"]]),
+        "\n",
         (f"{sample['num_tokens']} tokens, {sample['finish_reason']}; answer: {sample['answer']}", "dim"),
     )

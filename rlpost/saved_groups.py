@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rlpost.talk import Turn
 from rlpost.types import Group, Rollout, Task
 
 PLAIN = ("finish_reason", "version", "text", "role", "hint", "level", "interrupted")
@@ -44,6 +45,7 @@ def _saved(rollout: Rollout) -> dict[str, Any]:
     return {
         **{name: getattr(rollout, name) for name in PLAIN},
         "later_versions": rollout.later_versions,
+        "turns": [asdict(turn) for turn in rollout.turns],
         "prompt_ids": list(rollout.prompt_ids),
         "sampled_prompt_ids": list(rollout.sampled_prompt_ids),
         "token_ids": _packed("q", rollout.token_ids),
@@ -60,6 +62,7 @@ def _rollout(state: Mapping[str, Any], task: Task, group: int) -> Rollout:
         token_ids=_unpacked("q", state["token_ids"]),
         behavior_logp=_unpacked("d", state["behavior_logp"]),
         later_versions=tuple((first, version) for first, version in state["later_versions"]),
+        turns=tuple(Turn(**turn) for turn in state.get("turns", ())),
         **{name: state[name] for name in PLAIN},
     )
 

@@ -46,7 +46,7 @@ def chain_sums(
     levels = list(range(min_terms, max_terms + 1))
     seen: set[str] = set()
     while levels and len(seen) < size:
-        level = levels[_below(rng, len(levels))]
+        level = levels[below(rng, len(levels))]
         prompt = _new_problem(rng, level, max_total, split, seen)
         if prompt is None:
             levels.remove(level)
@@ -90,7 +90,7 @@ def sums_with_hints(
             row = next(plain, None)
         elif (row := next(hinted, None)) is not None:
             steps = row["solution"].split(";")[:-1]
-            shown = "".join(f"{step};" for step in steps[: 1 + _below(rng, len(steps))])
+            shown = "".join(f"{step};" for step in steps[: 1 + below(rng, len(steps))])
             row = {**row, "prompt": f"{shown}#{row['prompt']}"}
         if row is None:
             return
@@ -127,14 +127,14 @@ def _terms(prompt: str) -> list[int]:
 
 
 def _demonstration(prompt: str, error_rate: float, seed: int) -> str:
-    rng = random.Random(_digest(f"{seed} {prompt}"))
+    rng = random.Random(digest(f"{seed} {prompt}"))
     first, *rest = _terms(prompt)
     total, steps = first, []
     for sign, term in zip(re.findall(r"[+-]", prompt), rest, strict=True):
         result = total + term
         if rng.random() < error_rate:
-            error = 1 + _below(rng, 3)
-            result = max(0, result + error if _below(rng, 2) else result - error)
+            error = 1 + below(rng, 3)
+            result = max(0, result + error if below(rng, 2) else result - error)
         steps.append(f"{total}{sign}{abs(term)}={result};")
         total = result
     return f"{''.join(steps)}#{total}"
@@ -143,7 +143,7 @@ def _demonstration(prompt: str, error_rate: float, seed: int) -> str:
 def _new_problem(rng: random.Random, level: int, max_total: int, split: str, seen: set[str]) -> str | None:
     for _ in range(_TRIES):
         prompt = _draw(rng, level, max_total)
-        held_out = _digest(prompt) % 10 == 0
+        held_out = digest(prompt) % 10 == 0
         if held_out == (split == "eval") and prompt not in seen:
             return prompt
     return None
@@ -151,22 +151,27 @@ def _new_problem(rng: random.Random, level: int, max_total: int, split: str, see
 
 def _draw(rng: random.Random, level: int, max_total: int) -> str:
     """One problem; signs are even, and every partial sum stays in 0..max_total."""
-    total = _below(rng, min(9, max_total) + 1)
+    total = below(rng, min(9, max_total) + 1)
     text = str(total)
     for _ in range(level - 1):
-        plus = bool(_below(rng, 2))
-        term = _below(rng, min(9, max_total - total if plus else total) + 1)
+        plus = bool(below(rng, 2))
+        term = below(rng, min(9, max_total - total if plus else total) + 1)
         total += term if plus else -term
         text += f"{'+' if plus else '-'}{term}"
     return f"{text}="
 
 
-def _below(rng: random.Random, n: int) -> int:
+def below(rng: random.Random, n: int) -> int:
     """0..n-1 from `random()`, the one method whose sequence Python keeps between versions."""
     return int(rng.random() * n)
 
 
-def _digest(text: str) -> int:
+def digest(text: str) -> int:
+    """A number that follows from a text alone.
+
+    >>> digest("7-0+6-3=") % 10
+    3
+    """
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 

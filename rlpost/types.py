@@ -11,12 +11,14 @@ frozen reference.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from rlpost.talk import Turn
 
 FinishReason = Literal["stop", "length", "repetition", "abort"]
 """Why an answer ended: it was over, it had no tokens left, it went round in circles, or the generator gave it up."""
@@ -69,6 +71,10 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     repeats: tuple[int, int] | None = None
     """(n, m): an answer ends once its last m or fewer tokens have come n times in a row; None: it may go on."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer as well: the token that completes one is its last."""
+    rollout: Callable[[Any], Awaitable[None]] | None = None
+    """What leads each answer over several calls of the generator (`talk.py`); None: one call makes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +104,8 @@ class Request:
     """The answer itself, which is then not generated."""
     limit: int | None = None
     """Tokens of each of these rollouts, where that is less than the sampling allows."""
+    known: int = 0
+    """So many tokens of the prompt were computed for this answer by an earlier call."""
 
     def max_new_tokens(self, sampling: Sampling) -> int:
         """How long an answer to this request may be."""
@@ -213,6 +221,15 @@ class Rollout:
     """What the algorithm adds to the reward for the answer's length; not part of what counts as solved."""
     interrupted: bool = False
     """Whether the run ended the model's thinking and asked for the answer; its own tokens have no log-prob."""
+    turns: tuple[Turn, ...] = ()
+    """Who wrote what, in order, where a rollout function led; a tool's tokens have no log-prob."""
+
+    @property
+    def num_written(self) -> int:
+        """Tokens that the policy wrote: those with a log-prob, of which the others have none."""
+        if not self.turns and not self.interrupted:
+            return len(self.token_ids)
+        return sum(not math.isnan(logp) for logp in self.behavior_logp)
 
     @property
     def versions(self) -> Spans:

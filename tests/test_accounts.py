@@ -123,6 +123,27 @@ def test_answers_find_whole_blocks_of_their_prompt() -> None:
     assert COSTS.generation(prompt=9, completions=[3, 3], block=0) == 2 * alone
 
 
+def test_a_later_turn_finds_what_an_earlier_one_has_computed() -> None:
+    found, clock = accounts(), Clock()
+    turns = iter([3, 5])
+    inner = SimpleNamespace(
+        generate=lambda requests, sampling, whole: [SimpleNamespace(token_ids=(1,) * next(turns))], prompt_block=4
+    )
+    wrapped = Counted(inner, found, clock)  # type: ignore[arg-type]
+    with clock("generate"):  # a prompt of 9, 3 tokens of the policy, 4 of a tool, 5 of the policy
+        wrapped.generate([Request(0, Task("a", "a"), (1,) * 9, n=1, seed=0)], Sampling(9))
+        wrapped.generate([Request(0, Task("a", "a"), (1,) * 16, n=1, seed=0, known=11)], Sampling(9))
+    logged = ledger(found)
+    assert logged["tokens/prompt"] == 9 + 5  # the last token of the first turn comes with those of the tool
+    first = COSTS.forward(positions=11, pairs=causal_pairs([11]), logits=3)
+    again = COSTS.forward(positions=12, pairs=causal_pairs([20]) - causal_pairs([8]), logits=5)
+    assert logged["flops/generate"] == first + again
+    needed = COSTS.forward(positions=9, pairs=causal_pairs([20]) - causal_pairs([11]), logits=5)
+    assert logged["flops/needed_generate"] == first + needed
+    whole = COSTS.generation(prompt=9, completions=[12], block=1)  # as one answer, but for the logits of the tool
+    assert first + needed == whole - COSTS.forward(positions=0, pairs=0, logits=4)
+
+
 def test_purposes_are_the_phases_of_the_clock_and_an_evaluation_stays_out_of_the_step() -> None:
     clock, found = Clock(), accounts()
     answers = [SimpleNamespace(token_ids=(1,) * 3)] * 2

@@ -59,6 +59,9 @@ RUNS = {
     "guide": [*LONG, "algorithm.name=guide_grpo", f"explore=[{HINTS}]", "steps=1", HELPED],
     "own": ["algorithm.loss={use: 'mylab.losses:length_mean'}", "steps=1"],
     "wide": ["algorithm.name=brorl", "explore.0.width=8", "explore.0.chunk=2", "steps=1"],
+    "tools": [
+        *(COIN, "steps=1", "rollout={use: calculator, begin: '+', end: '=', result: '{}', error: '0'}"),
+    ],
     "luffy": [*LONG, "algorithm.name=luffy", "steps=1"],
 }
 

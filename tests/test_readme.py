@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from groups import rollout
+import yaml
+from groups import Letters, rollout
+from test_lockstep import END, Scripted
 
 from rlpost import algorithms, losses
 from rlpost.check import load_and_check
+from rlpost.collect import answers
 from rlpost.document import Document
 from rlpost.metrics import metric_info
 from rlpost.objective import bind_loss
 from rlpost.packing import Packer
 from rlpost.recipe import read
-from rlpost.types import Group, Micro, Outcome, Task
+from rlpost.types import Group, Micro, Outcome, Request, Sampling, Task
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,6 +32,7 @@ DOCUMENTS = (
     "rewards/README.md",
     "curricula/README.md",
     "rlpost/explore/README.md",
+    "rlpost/turns/README.md",
 )
 DESCRIBED = (
     "launch/*",
@@ -125,6 +129,26 @@ def test_the_loss_of_the_readme_has_the_policy_gradient_at_first_and_passes_the_
     loss, _ = bind_loss(recipe.algorithm.loss)(logp, logp.detach(), torch.tensor([[1.0, -0.5]]), packed(1, 2))
     loss.sum().backward()
     torch.testing.assert_close(logp.grad, torch.tensor([[-1.0, 0.5]]))
+
+
+def test_the_rollout_functions_of_the_documents_lead_answers():
+    def led(code: str, name: str, section: str, replies: list[str]) -> str:
+        names: dict = {}
+        exec(code, names)
+        _, colon, plugin = yaml.safe_load(section)["rollout"].pop("use").rpartition(":")
+        assert (colon, plugin) == (":", name)
+        said = iter(replies)
+        sampling = Sampling(60, stop_ids=(END,), rollout=names[name])
+        asked = [Request(0, Task("a", "1+1="), (1,), 1, seed=0)]
+        [one] = answers(Scripted(lambda prompt, i: next(said)), Letters(), asked, sampling)
+        return one.text
+
+    code = next(block for block in blocks(README, "python") if "once_more" in block)
+    assert led(code, "once_more", "rollout: {use: 'mylab.turns:once_more'}", ["1+1=2;#2", "2;#2"]) == "1+1=2;+0=2;#2\0"
+    text = (ROOT / "rlpost/turns/README.md").read_text(encoding="utf-8")
+    [code], section = blocks(text, "python"), blocks(text, "yaml")[-1]
+    said = ["[48-92]", ";[1+x]", ";#-44"]
+    assert led(code, "with_lookup", section, said) == "[48-92]-44;[1+x]?;#-44\0"
 
 
 def packed(rows: int, width: int) -> Micro:

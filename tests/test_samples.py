@@ -2,7 +2,10 @@ import base64
 import json
 from array import array
 
+from rlpost.report.rollouts import text_of
+from rlpost.rescore import rollout_of
 from rlpost.samples import Samples, best_and_worst, prompt_text, render, sample
+from rlpost.talk import Turn
 from rlpost.types import Group, Rollout, Task
 
 
@@ -94,6 +97,20 @@ def test_zero_samples_write_no_file(tmp_path):
 def test_chat_prompt_reads_as_lines():
     task = Task("a", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1="}])
     assert prompt_text(task) == "system: Be brief.\nuser: 1+1="
+
+
+def test_a_reader_sees_what_a_tool_wrote():
+    one = rollout(1.0, text="[1+1]2")
+    one.turns = (Turn("policy", "[1+1]", 2, stop="]"), Turn("tool", "2", 1))
+    row = json.loads(json.dumps(sample(0, one)))
+    assert [(turn["writer"], turn["text"], turn["num_tokens"]) for turn in row["turns"]] == [
+        ("policy", "[1+1]", 2),
+        ("tool", "2", 1),
+    ]
+    shown = render(row)
+    assert "\n[1+1]2\n" in shown.plain
+    assert [shown.plain[one.start : one.end] for one in shown.spans if one.style == "reverse"] == ["2"]
+    assert rollout_of(row, 0, {}).turns == one.turns and text_of(row)["turns"] == [["policy", 2], ["tool", 1]]
 
 
 def test_render_shows_brackets_of_a_completion_as_they_are():

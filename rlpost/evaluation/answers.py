@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def line_of(name: str, place: int, task: Task, row: Mapping[str, Any], answers: 
                 "parts": rollout.reward_parts,
                 "tokens": len(rollout.token_ids),
                 "finish": rollout.finish_reason,
+                **({"turns": [asdict(turn) for turn in rollout.turns]} if rollout.turns else {}),
             }
             for rollout in answers
         ],

@@ -17,7 +17,7 @@ from rlpost.sources import kind_of
 from rlpost.summary import git_commit, machine, versions
 from rlpost.types import Task
 
-DECIDES = ("model", "rewards", "sampling", "seed")
+DECIDES = ("model", "rewards", "rollout", "sampling", "seed")
 """Sections of a recipe that change answers or verdicts, whole; of `tasks`, `evaluation` and `generator` parts do."""
 
 

@@ -49,7 +49,7 @@ SETS: dict[str, dict[str, Any]] = {
 }
 """Name -> the parts of a recipe that say what is asked and how it is judged. The first reward decides what is correct;
 others are shown beside it and are what an audit looks at."""
-PARTS = ("tasks", "rewards", "sampling", "evaluation")
+PARTS = ("tasks", "rewards", "rollout", "sampling", "evaluation")
 
 
 def is_recipe(target: str) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlpost.generate.base import Canary, SyncReport, Whole, circles
 from rlpost.preempt import preemption
+from rlpost.stop_texts import first_stop
 from rlpost.types import FinishReason, Request, Rollout, Sampling
 from rlpost.weights import WeightStream
 
@@ -104,14 +105,26 @@ class HfGenerator:
             tokens.append(token_N.squeeze(-1))
             logps.append(logp_NV.gather(-1, token_N).squeeze(-1))
             alive_N &= ~torch.isin(tokens[-1], stop)
+            if sampling.stop:
+                alive_N &= ~self._has_stop(tokens, alive_N, sampling.stop)
             if sampling.repeats is not None:
                 alive_N &= ~torch.tensor([circles(row, *sampling.repeats) for row in torch.stack(tokens, -1).tolist()])
             step_NT = token_N
         token_NT, logp_NT = torch.stack(tokens, -1).tolist(), torch.stack(logps, -1).tolist()
         return [self._rollout(request, ids, logp, sampling) for ids, logp in zip(token_NT, logp_NT, strict=True)]
 
+    def _has_stop(self, tokens: Sequence[Tensor], alive_N: Tensor, stop: Sequence[str]) -> Tensor:
+        """Which of the rows that go on have one of these texts in theirs."""
+        found_N = torch.zeros_like(alive_N)
+        for i in alive_N.nonzero().squeeze(-1).tolist():
+            text = self.renderer.decode([int(token_N[i]) for token_N in tokens])
+            found_N[i] = any(one in text for one in stop)
+        return found_N
+
     def _rollout(self, request: Request, ids: list[int], logp: list[float], sampling: Sampling) -> Rollout:
         end, reason = ended(ids, sampling)
+        if (stopped := first_stop(ids[:end], sampling.stop, self.renderer.decode)) is not None:
+            end, reason = stopped[0], "stop"
         return request.rollout(
             ids[:end],
             logp[:end],

@@ -278,9 +278,11 @@ def _params(request: Request, sampling: Sampling, *, seeded: bool) -> Any:
         top_k=sampling.top_k,
         max_tokens=request.max_new_tokens(sampling),
         stop_token_ids=list(sampling.stop_ids),
+        stop=list(sampling.stop),
+        include_stop_str_in_output=bool(sampling.stop),
         logprobs=0,
         flat_logprobs=True,
-        detokenize=False,
+        detokenize=bool(sampling.stop),
         output_kind=RequestOutputKind.FINAL_ONLY,
         **repetition(sampling.repeats),
     )

@@ -225,7 +225,7 @@ def _params(sampling: dict[str, Any], seed: int | None, max_tokens: int) -> Any:
         max_tokens=max_tokens,
         logprobs=0,
         flat_logprobs=True,
-        detokenize=False,
+        detokenize="stop" in sampling,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 

@@ -30,21 +30,33 @@ function tokensOf(text, figures) {
   return at === letters.length ? found : null;
 }
 
+/* The numbers of the tokens that a tool wrote. */
+function ofTools(turns) {
+  const found = new Set();
+  let at = 0;
+  for (const [writer, n] of turns || []) {
+    for (let i = at; writer === "tool" && i < at + n; i++) found.add(i);
+    at += n;
+  }
+  return found;
+}
+
 const INKS = {
   advantage: { label: "advantage", high: (rollout) => Math.max(1, rollout.max), signed: true },
   logp_diff: { label: "log-prob, trainer less generator", high: (rollout) => rollout.max || 1, signed: true },
   logp: { label: "surprise (minus log-prob)", high: () => 4, signed: false },
 };
 
-function coloured(text, figures, by) {
-  const tokens = by === "none" ? null : tokensOf(text, figures);
-  if (!tokens) return [text];
+function coloured(text, figures, by, turns) {
+  const tokens = tokensOf(text, figures), tools = ofTools(turns);
+  if (!tokens || (by === "none" && !tools.size)) return [text];
   const values = Object.fromEntries(Object.keys(INKS).map((name) => [name, signedBytes(figures[name])]));
-  const value = values[by];
-  if (!value) return [text];
+  const value = values[by], tool = (piece) => h("span", { class: "t tool", title: "a tool wrote this: nothing is trained on it" }, piece);
+  if (!value) return tokens.map(([piece, i]) => (tools.has(i) ? tool(piece) : piece));
   const max = typeof figures[by] === "number" ? Math.abs(figures[by]) : figures[by].max;
   const high = INKS[by].high({ max });
   return tokens.map(([piece, i]) => {
+    if (tools.has(i)) return tool(piece);
     const size = value(i) / high;
     const ink = INKS[by].signed ? (size >= 0 ? "var(--pos)" : "var(--neg)") : "var(--neg)";
     const share = Math.round(Math.min(Math.abs(size), 1) * 70);
@@ -53,13 +65,13 @@ function coloured(text, figures, by) {
   });
 }
 
-function tokenTable(text, figures) {
-  const tokens = tokensOf(text, figures);
+function tokenTable(text, figures, turns) {
+  const tokens = tokensOf(text, figures), tools = ofTools(turns);
   if (!tokens) return h("p", {}, "The tokens do not make up the text one by one.");
   const names = Object.keys(INKS).filter((name) => figures[name] !== undefined);
   const values = names.map((name) => signedBytes(figures[name]));
   return tableOf({ head: ["token", "text", ...names.map((name) => INKS[name].label)],
-    rows: tokens.map(([piece, i]) => [i + 1, JSON.stringify(piece), ...values.map((at, j) => (names[j] === "logp" ? -at(i) : at(i)))]) });
+    rows: tokens.map(([piece, i]) => [i + 1, JSON.stringify(piece), ...values.map((at, j) => (tools.has(i) ? "tool" : names[j] === "logp" ? -at(i) : at(i)))]) });
 }
 
 function rolloutBrowser(run, columns) {
@@ -144,15 +156,15 @@ function rolloutBrowser(run, columns) {
     const step = (d) => h("button", { type: "button", disabled: place + d < 0 || place + d >= shown.length, onclick: () => select(place + d) }, d < 0 ? "\u2190 previous" : "next \u2192");
     const high = by === "none" ? 0 : INKS[by].high({ max: typeof figures[by] === "number" ? Math.abs(figures[by]) : figures[by].max });
     const table = h("details", {}, h("summary", {}, "Tokens as a table"));
-    table.addEventListener("toggle", () => table.open && table.replaceChildren(table.firstChild, h("div", { class: "scroll", tabindex: 0 }, tokenTable(one.completion, figures))));
+    table.addEventListener("toggle", () => table.open && table.replaceChildren(table.firstChild, h("div", { class: "scroll", tabindex: 0 }, tokenTable(one.completion, figures, one.turns))));
     read.replaceChildren(...[
       h("div", { class: "row-of" }, step(-1), step(1), h("span", { class: "soft" }, `${place + 1} of ${shown.length}`)),
       h("div", {}, h("b", {}, `Step ${columns.step[i]}, reward ${reward === null ? "unjudged" : fmt(reward)}`), h("span", { class: "soft any" }, `  ${columns.tokens[i]} tokens, ${columns.ends[columns.end[i]]}, written by ${columns.roles[columns.role[i]]}${figures && figures.advantage === undefined ? ", not trained on" : ""}, task ${columns.tasks[columns.task[i]]}`)),
       h("h4", {}, "Problem"), h("pre", { class: "text", tabindex: 0 }, one.prompt),
       one.hint ? [h("h4", {}, `Hint of level ${one.level}, which the loss does not see`), h("pre", { class: "text", tabindex: 0 }, one.hint)] : null,
-      h("div", { class: "row-of" }, h("h4", {}, "Answer"), known.length ? h("label", { class: "small" }, "tokens coloured by", pick) : null,
+      h("div", { class: "row-of" }, h("h4", {}, one.turns ? "Answer (dotted: a tool wrote it)" : "Answer"), known.length ? h("label", { class: "small" }, "tokens coloured by", pick) : null,
         by === "none" ? null : INKS[by].signed ? h("span", { class: "small soft" }, `-${fmt(high, 3)} `, h("i", { class: "scale" }), ` +${fmt(high, 3)}`) : h("span", { class: "small soft" }, "0 ", h("i", { class: "scale one" }), ` ${fmt(high, 3)} nats`)),
-      h("pre", { class: "text", tabindex: 0 }, coloured(one.completion || "", figures, by)),
+      h("pre", { class: "text", tabindex: 0 }, coloured(one.completion || "", figures, by, one.turns)),
       known.length ? table : h("p", { class: "small soft" }, "Figures of single tokens were not written."),
       h("h4", {}, "Rewards before their weights"),
       tableOf({ head: ["reward", "value"], rows: [...Object.entries(one.parts).map(([name, value]) => [name, value === null ? "unjudged" : value]), ["expected answer", one.answer === null ? "-" : one.answer]] }, "plain"),

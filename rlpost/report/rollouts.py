@@ -69,6 +69,8 @@ def text_of(row: dict[str, Any]) -> dict[str, Any]:
     figures = row.get("tokens") if isinstance(row.get("tokens"), dict) else None
     shown: dict[str, Any] = {name: cut(row.get(name)) for name in ("prompt", "completion", "answer")}
     shown["parts"] = row.get("parts") or {}
+    if row.get("turns"):
+        shown["turns"] = [[turn["writer"], turn["num_tokens"]] for turn in row["turns"]]
     if row.get("hint"):
         shown |= {"hint": cut(row["hint"]), "level": row.get("level")}
     if figures is not None and len(str(row.get("completion", ""))) <= LONGEST:

@@ -105,6 +105,7 @@ class Call:
                 "top_k": sampling.top_k,
                 "stop_token_ids": list(sampling.stop_ids),
                 "repeats": sampling.repeats,
+                **({"stop": list(sampling.stop), "include_stop_str_in_output": True} if sampling.stop else {}),
             },
         }
         self.requests, self.seeded = requests, seeded
