@@ -30,11 +30,11 @@ def described(folders: Sequence[Path], rates_of: Sequence[Path] = ()) -> dict[st
     """
     first, *others = (read_history(folder) for folder in folders)
     measured = [read_history(folder) for folder in rates_of]
-    known = [history for history in measured or [first, *others] if not staleness_of(history.recipe)]
+    known = [history for history in measured or [first, *others] if shows_decoding(history)]
     if not known:
         raise RunError(
-            f"{first.folder} must be a run with generator.max_staleness=0, or stand beside one: in a pipeline "
-            "the time of generation is hidden; give a synchronous run as well"
+            f"{first.folder} must be a run with generator.max_staleness=0 and whole answers, or stand beside one: "
+            "otherwise the time of generation is hidden; give such a run as well"
         )
     recipe, replicas = first.recipe, num_replicas(first)
     remote = kind_of(recipe) == "remote_vllm"
@@ -87,18 +87,25 @@ def staleness_of(recipe: dict[str, Any]) -> int:
     return int(section(recipe, "generator").get("max_staleness") or 0)
 
 
+def shows_decoding(history: History) -> bool:
+    """Whether each step of a run generates its own answers, whole, while everything else waits."""
+    return not staleness_of(history.recipe) and section(history.recipe, "generator").get("partial_tokens") is None
+
+
 def pipeline_of(recipe: dict[str, Any]) -> dict[str, Any]:
     """What a recipe says of its pipeline.
 
     >>> pipeline_of({"generator": {"max_staleness": 2, "first_come": True}})
-    {'max_staleness': 2, 'first_come': True, 'partial_tokens': None, 'in_flight': 'recompute'}
+    {'max_staleness': 2, 'ahead': 1, 'first_come': True, 'partial_tokens': None, 'in_flight': 'recompute'}
     """
-    generator = section(recipe, "generator")
+    generator, k = section(recipe, "generator"), staleness_of(recipe)
+    first_come = bool(generator.get("first_come")) and k > 0
     in_flight = section(generator, "servers").get("in_flight")
     return {
-        "max_staleness": staleness_of(recipe),
-        "first_come": bool(generator.get("first_come")),
-        "partial_tokens": generator.get("partial_tokens") if staleness_of(recipe) else None,
+        "max_staleness": k,
+        "ahead": max(1, k // 2) if first_come else None,  # as `pipeline.py` of rlpost: the rest is for overtaking
+        "first_come": first_come,
+        "partial_tokens": None if k else generator.get("partial_tokens"),
         "in_flight": in_flight if in_flight in ("keep", "wait") else "recompute",
     }
 
