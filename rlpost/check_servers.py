@@ -87,7 +87,7 @@ def _gpus(servers: Servers, world_size: int) -> list[str]:
             f"GPUs (got {servers.gpus})"
         ]
     there = len(list(GPUS.iterdir())) if GPUS.is_dir() else 0
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
     if there and not servers.urls and not servers.gpus and needed + ranks > there:
         return [
             f"generator.servers.replicas needs {needed} GPUs beside those of {ranks} ranks (this node has {there}): "

@@ -66,14 +66,14 @@ def sbatch(words: list[str]) -> int:
 
 
 def srun(words: list[str]) -> int:
-    """One task a node; signals go to the tasks."""
+    """One task a node, from the one that is named on; signals go to the tasks."""
     options, command = options_of(words)
-    nodes, job = int(os.environ["SLURM_JOB_NUM_NODES"]), HOME / os.environ["SLURM_JOB_ID"]
+    nodes, job = int(options["nodes"]), HOME / os.environ["SLURM_JOB_ID"]
     tasks = [
         subprocess.Popen(command, env=os.environ | {"SLURM_NODEID": str(node), "SLURM_PROCID": str(node)})
         for node in range(nodes)
     ]
-    (job / "tasks").write_text(" ".join(str(task.pid) for task in tasks))
+    (job / ("tasks" if options["relative"] == "0" else "others")).write_text(" ".join(str(task.pid) for task in tasks))
 
     def hand_on(number: int, frame: object) -> None:
         for task in tasks:
@@ -86,7 +86,7 @@ def srun(words: list[str]) -> int:
     while any(task.poll() is None for task in tasks):
         if first_ended is None and any(task.poll() is not None for task in tasks):
             first_ended = time.monotonic()
-        if first_ended is not None and time.monotonic() - first_ended > int(options["wait"]):
+        if first_ended is not None and time.monotonic() - first_ended > int(options.get("wait", "0")) > 0:
             hand_on(signal.SIGTERM, None)
         time.sleep(0.1)
     return max(task.returncode if task.returncode >= 0 else 128 - task.returncode for task in tasks)

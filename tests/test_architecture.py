@@ -16,11 +16,15 @@ SOURCES = sorted(file for package in ("rlpost", "rewards", "curricula") for file
 AT_HOME = {
     "vllm": {
         "rlpost/generate/local_vllm.py",
+        "rlpost/generate/server_gate.py",
+        "rlpost/generate/shm_engine.py",
+        "rlpost/generate/transfer.py",
         "rlpost/generate/vllm_features.py",
         "rlpost/generate/weight_source.py",
     },
     "deepspeed": {"rlpost/engine.py", "rlpost/sequence_parallel.py"},
-    "httpx": {"rewards/_endpoint.py", "rlpost/sources.py"},
+    "httpx": {"rewards/_endpoint.py", "rlpost/servers/replica.py", "rlpost/sources.py"},
+    "starlette": {"rlpost/generate/server_gate.py"},
     "math_verify": {"rewards/_symbolic.py"},
     "pebble": {"rlpost/judges.py"},
     "omegaconf": {"rlpost/recipe.py", "rlpost/yaml_tree.py"},
@@ -86,7 +90,11 @@ MATHEMATICS = (
 LIGHT = [
     "recipe",
     "check",
+    "check_servers",
     "check_tasks",
+    "server_recipe",
+    "servers.options",
+    "servers.supervisor",
     "evaluation.options",
     "evaluation.sets",
     "evaluation.audit_command",

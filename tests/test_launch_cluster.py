@@ -30,6 +30,14 @@ touch "$CALLS.waits"
 while :; do sleep 0.1; done
 """
 
+# The same for a run with servers, which end by a signal alone.
+SERVING_PYTHON = """#!/usr/bin/env bash
+echo "$* key $RLPOST_SERVER_KEY" >>"$CALLS"
+[[ $3 == serve ]] || { sleep 1; exit "$CODES"; }
+trap 'echo ended >>"$CALLS"; exit 0' USR1
+while :; do sleep 0.1; done
+"""
+
 
 def stand_in(folder: Path, **more: str) -> dict[str, str]:
     """The environment of a user for whom the commands of Slurm are the stand-in."""
@@ -83,6 +91,31 @@ def test_slurm_starts_one_torchrun_a_node_with_the_recipe_and_ends_as_it_did(clu
     for node, call in enumerate(calls):
         assert f"-m rlpost.torchrun --nnodes 2 --node-rank {node} --nproc-per-node 1" in call
         assert call.endswith("--master-port 27001 -m rlpost train recipe.yaml resume=auto name=a b")
+
+
+def test_slurm_starts_servers_on_the_last_nodes_and_ends_them_when_the_run_has_ended(cluster: Cluster) -> None:
+    """Two nodes train through four servers on the two others, of which nobody but them knows the key."""
+    python = cluster.folder / "bin/python"
+    python.write_text(SERVING_PYTHON)
+    assert cluster.sbatch("3", "--nodes=4", SERVER_NODES="2", SERVERS_PER_NODE="2").wait(60) == 3
+    calls = cluster.calls.read_text().splitlines()
+    ranks, servers = (sorted(call for call in calls if what in call) for what in ("rlpost.torchrun", "rlpost serve"))
+    own = "generator.servers.replicas=2 generator.servers.host=0.0.0.0 generator.servers.base_port"
+    assert [call.partition("key ")[0] for call in servers] == [
+        f"-m rlpost serve recipe.yaml name=a b {own}={port} " for port in (47001, 47003)
+    ]
+    urls = ", ".join(f"http://127.0.0.1:{port}" for port in range(47001, 47005))
+    for node, call in enumerate(ranks):
+        assert f"-m rlpost.torchrun --nnodes 2 --node-rank {node} " in call
+        assert f"name=a b generator.kind=remote_vllm generator.servers.urls=[{urls}] key " in call
+    [key] = {call.rpartition("key ")[2] for call in (*ranks, *servers)}
+    assert len(key) == 48 and key not in cluster.log()
+    assert calls[-2:] == ["ended", "ended"] and len(calls) == 6
+
+
+def test_slurm_wants_a_node_that_trains(cluster: Cluster) -> None:
+    assert cluster.sbatch("0", "--nodes=2", SERVER_NODES="2").wait(60) == 2
+    assert "SERVER_NODES must leave a node to train (got 2 of 2)" in cluster.log() and not cluster.calls.exists()
 
 
 def test_slurm_queues_a_run_that_left_again_and_one_that_failed_not(cluster: Cluster) -> None:

@@ -12,8 +12,11 @@ from rich.console import Console
 from rlpost.catalogue import print_metrics
 from rlpost.metrics import METRICS, metric_info
 
-ELSEWHERE = {"mfu/*", "energy/*_j", "total/energy/*"} | {name for name in METRICS if name.startswith("synth/")}
-"""Where the hardware tells, or a model has to write: `test_accounts`, `test_energy`, `test_synth_online` have them."""
+ELSEWHERE = {"mfu/*", "energy/*_j", "total/energy/*"} | {
+    name for name in METRICS if name.startswith(("synth/", "servers/"))
+}
+"""Where the hardware tells, or a model has to write: `test_accounts`, `test_energy`, `test_synth_online` have them;
+and where servers are: `test_remote_vllm`."""
 NOT_FIGURES = {"step", "unix_s"}
 COINS = '''
 def coin(rollout):

@@ -64,7 +64,7 @@ def test_rates_are_guessed_from_model_and_device_and_can_all_be_given() -> None:
         (["lengths.kind=quantiles"], "lengths.quantiles must be pairs of share and tokens"),
         (["ahead=2"], "ahead must be <= max_staleness=1 (got 2)"),
         (["late=drop"], "late=drop needs first_come=true"),
-        (["partial_tokens=5", "max_staleness=0"], "partial_tokens needs max_staleness >= 1 (got 0)"),
+        (["partial_tokens=5", "max_staleness=2"], "partial_tokens needs max_staleness=0 (got 2)"),
         (["model.device=tpu"], "model.device must be one of h100"),
         (["train.kept_frac=0"], "train.kept_frac must be above 0 and at most 1 (got 0)"),
     ],
@@ -170,13 +170,13 @@ def test_a_pipeline_with_servers_takes_the_cost_of_decoding_from_a_synchronous_r
     cluster, recipe = one_rank(128)
     synchronous = made_run(tmp_path / "synchronous", cluster, recipe, every_sample=True)
     generator = {"kind": "remote_vllm", "servers": {"replicas": 2, "tensor_parallel": None}, "max_num_seqs": 128}
-    generator |= {"max_staleness": 2, "first_come": None, "partial_tokens": 50}
+    generator |= {"max_staleness": 4, "first_come": True, "partial_tokens": None}
     piped = made_run(tmp_path / "piped", cluster, recipe | {"generator": generator}, every_sample=True)
-    with pytest.raises(RunError, match=r"piped must be a run with generator.max_staleness=0, or stand beside one"):
+    with pytest.raises(RunError, match=r"piped must be a run with generator.max_staleness=0 and whole answers, or"):
         described([piped])
     found = load(None, under=described([piped, synchronous]))
     assert (found.gpus, found.generating, found.training) == (3, 2, 1)
-    assert (found.max_staleness, found.first_come, found.partial_tokens) == (2, False, 50)
+    assert (found.max_staleness, found.ahead, found.first_come, found.partial_tokens) == (4, 2, True, None)
     alone = load(None, under=described([synchronous]))
     assert found.replicas.step_s == alone.replicas.step_s
     assert figures(simulated(found)).step_s < figures(simulated(alone)).step_s

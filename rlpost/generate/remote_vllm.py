@@ -174,6 +174,7 @@ class RemoteVllm:
     def _prove_again(self) -> None:
         """The same weights: the canary once more, and no prompt of another use is remembered."""
         self.world.together(lambda: self.fleet.on_owned(self._prove))
+        self.report.figures.pop("servers/update_s", None)
 
     def _log(self) -> None:
         with self._counting:

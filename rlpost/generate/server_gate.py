@@ -217,9 +217,9 @@ def _params(sampling: dict[str, Any], seed: int | None, max_tokens: int) -> Any:
 
     from rlpost.generate.local_vllm import repetition
 
-    repeats = sampling.pop("repeats", None)
+    repeats = sampling.get("repeats")
     return SamplingParams(
-        **sampling,
+        **{name: value for name, value in sampling.items() if name != "repeats"},
         **repetition(repeats),
         seed=seed,
         max_tokens=max_tokens,

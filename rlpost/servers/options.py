@@ -27,6 +27,7 @@ def serve(options: argparse.Namespace) -> None:
     """Start the servers and look after them."""
     from rlpost.check import load_and_check
 
+    os.environ.setdefault("LOCAL_WORLD_SIZE", "0")  # no rank trains here
     own = ["generator.kind=remote_vllm", "generator.servers.urls=[]"]
     recipe = load_and_check(options.recipe, [*options.overrides, *own])
     from rlpost.model_source import context_length, model_folder
@@ -37,7 +38,7 @@ def serve(options: argparse.Namespace) -> None:
 
     world = World()
     model = model_folder(recipe, world)
-    node = os.environ.get("SLURM_NODEID", socket.gethostname())
+    node = os.environ.get("SLURM_PROCID", socket.gethostname())
     folder = (Path(recipe.run_dir) / str(recipe.name) / "servers" / f"node-{node}").absolute()
     folder.mkdir(parents=True, exist_ok=True)
     spec = make_spec(recipe, model, context_length(recipe.model, model), folder, gpus=gpus_here(world))

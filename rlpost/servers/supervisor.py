@@ -95,7 +95,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Until asked to end, the parent is gone, or no server can be kept running."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._hear)
         try:
             while not self.asked and os.getppid() == self._parent:

@@ -133,7 +133,8 @@ class Cluster:
     """What becomes of unfinished answers at new weights: read again and continued; continued on the cache that they
     have; or the update waits for them."""
     partial_tokens: int | None = None
-    """Tokens that an answer may add between two updates, unless its group is waited for; it goes on after the next."""
+    """Of max_staleness=0: tokens of an answer that are written in one step. The rest follows in the next ones, whose
+    prompts are fewer by the groups that go on; a step trains those that are whole, which may be any number."""
     seed: int = 0
     model: ModelSize = field(default_factory=ModelSize)
     replicas: Replicas = field(default_factory=Replicas)
@@ -348,8 +349,8 @@ def _check_order(cluster: Cluster) -> list[str]:
         )
     if cluster.late == "drop" and not cluster.first_come:
         problems.append("late=drop needs first_come=true: in the order of submission no group is ever too stale")
-    if cluster.partial_tokens is not None and not k:
-        problems.append("partial_tokens needs max_staleness >= 1 (got 0): what it leaves goes on under later weights")
+    if cluster.partial_tokens is not None and k:
+        problems.append(f"partial_tokens needs max_staleness=0 (got {k}): leave one of them out")
     return problems
 
 

@@ -26,15 +26,16 @@ def described(folders: Sequence[Path], rates_of: Sequence[Path] = ()) -> dict[st
     """A tree for `cluster.load`, of the first run.
 
     What decoding costs is from every run that is synchronous, as a pipeline hides it. With `rates_of` it is from those
-    runs alone, and so is what training costs, so that the first run's seconds are predicted and not looked at.
+    runs alone, and so is what training costs, so that the first run's seconds are predicted and not looked at; its
+    lengths, the share of tokens that it trains and its seconds of sync are its own.
     """
     first, *others = (read_history(folder) for folder in folders)
     measured = [read_history(folder) for folder in rates_of]
-    known = [history for history in measured or [first, *others] if not staleness_of(history.recipe)]
+    known = [history for history in measured or [first, *others] if shows_decoding(history)]
     if not known:
         raise RunError(
-            f"{first.folder} must be a run with generator.max_staleness=0, or stand beside one: in a pipeline "
-            "the time of generation is hidden; give a synchronous run as well"
+            f"{first.folder} must be a run with generator.max_staleness=0 and whole answers, or stand beside one: "
+            "otherwise the time of generation is hidden; give such a run as well"
         )
     recipe, replicas = first.recipe, num_replicas(first)
     remote = kind_of(recipe) == "remote_vllm"
@@ -51,7 +52,7 @@ def described(folders: Sequence[Path], rates_of: Sequence[Path] = ()) -> dict[st
         **pipeline_of(recipe),
         "replicas": {"tensor_parallel": size, "max_num_seqs": slots_of(recipe), **generation_of(known)},
         "lengths": lengths_of(first),
-        "train": training_of(measured[0] if measured else first),
+        "train": training_of(measured[0] if measured else first) | {"kept_frac": kept_of(first)},
         "sync": {"seconds": mean(row.get("time/sync_s", 0.0) for row in measured_steps(first))},
     }
 
@@ -87,18 +88,25 @@ def staleness_of(recipe: dict[str, Any]) -> int:
     return int(section(recipe, "generator").get("max_staleness") or 0)
 
 
+def shows_decoding(history: History) -> bool:
+    """Whether each step of a run generates its own answers, whole, while everything else waits."""
+    return not staleness_of(history.recipe) and section(history.recipe, "generator").get("partial_tokens") is None
+
+
 def pipeline_of(recipe: dict[str, Any]) -> dict[str, Any]:
     """What a recipe says of its pipeline.
 
     >>> pipeline_of({"generator": {"max_staleness": 2, "first_come": True}})
-    {'max_staleness': 2, 'first_come': True, 'partial_tokens': None, 'in_flight': 'recompute'}
+    {'max_staleness': 2, 'ahead': 1, 'first_come': True, 'partial_tokens': None, 'in_flight': 'recompute'}
     """
-    generator = section(recipe, "generator")
+    generator, k = section(recipe, "generator"), staleness_of(recipe)
+    first_come = bool(generator.get("first_come")) and k > 0
     in_flight = section(generator, "servers").get("in_flight")
     return {
-        "max_staleness": staleness_of(recipe),
-        "first_come": bool(generator.get("first_come")),
-        "partial_tokens": generator.get("partial_tokens") if staleness_of(recipe) else None,
+        "max_staleness": k,
+        "ahead": max(1, k // 2) if first_come else None,  # as `pipeline.py` of rlpost: the rest is for overtaking
+        "first_come": first_come,
+        "partial_tokens": None if k else generator.get("partial_tokens"),
         "in_flight": in_flight if in_flight in ("keep", "wait") else "recompute",
     }
 
@@ -168,17 +176,22 @@ def fit_decode(points: Sequence[tuple[float, float, float]]) -> tuple[float, flo
 
 
 def training_of(history: History) -> dict[str, Any]:
-    """Section `train`; means over the steps, as simulated steps are to add up to the time that the run took."""
+    """Rate and fixed seconds: means over the steps, as simulated steps are to add up to the time that the run took."""
     steps, ranks = measured_steps(history), num_ranks(history)
-    epochs = int(section(history.recipe, "algorithm").get("epochs") or 1)
     generated = sum(row["tokens/generated"] for row in steps)
-    trained = sum(row.get("tokens/trained", row["tokens/generated"]) for row in steps)
-    kept = min(1.0, max(1e-6, trained / (epochs * generated)))
-    processed = kept * (generated + prompt_of(history) * sum(row["rollouts/num"] for row in steps))
+    processed = kept_of(history) * (generated + prompt_of(history) * sum(row["rollouts/num"] for row in steps))
     spent = sum(row.get(name, 0.0) for row in steps for name in TRAINING)
     known = sum(row["time/generate_s"] + row.get("time/sync_s", 0.0) for row in steps)
     left = sum(row["time/step_s"] for row in steps) - spent - known
-    return {"rate": processed / (spent * ranks), "kept_frac": kept, "fixed_s": max(0.0, left / len(steps))}
+    return {"rate": processed / (spent * ranks), "fixed_s": max(0.0, left / len(steps))}
+
+
+def kept_of(history: History) -> float:
+    """Share of a run's tokens that are trained."""
+    steps, epochs = measured_steps(history), int(section(history.recipe, "algorithm").get("epochs") or 1)
+    generated = sum(row["tokens/generated"] for row in steps)
+    trained = sum(row.get("tokens/trained", row["tokens/generated"]) for row in steps)
+    return min(1.0, max(1e-6, trained / (epochs * generated)))
 
 
 def prompt_of(history: History) -> int:

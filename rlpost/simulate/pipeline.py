@@ -73,7 +73,8 @@ class Result:
     trained: list[int]
     """Ids of groups in the order in which they were trained; they are numbered as they were given out."""
     drawn_tokens: int
-    """Of as many groups as were trained, in the order in which they were given out."""
+    """Of the groups that were given out for these steps, whether they were trained or not."""
+    drawn_groups: int
     dropped_tokens: int
     dropped_groups: int
     open_tokens: int
@@ -108,7 +109,7 @@ class Pipeline:
         """A heap: time, a number that keeps the order, kind, replica, its stamp."""
         self.num_events, self.deaths = 0, 0
         self.trained: list[int] = []
-        self.drawn_tokens, self.dropped_tokens, self.dropped_groups = 0, 0, 0
+        self.drawn_groups, self.drawn_tokens, self.dropped_tokens, self.dropped_groups = 0, 0, 0, 0
         self.halted, self.draining = True, False
         self.latest = 0.0
         """When the last answer became whole."""
@@ -141,15 +142,17 @@ class Pipeline:
 
     def _give_out(self) -> None:
         """The waves that may be on their way in this step; groups that would be too stale are replaced."""
-        cluster, answers = self.cluster, self.parked
+        cluster, answers = self.cluster, sorted(self.parked, key=lambda answer: answer.group)
         self.parked = []
         slack = cluster.max_staleness - cluster.waves_ahead if cluster.first_come else 0
         if cluster.late == "drop":
             answers = self._without_late(answers)
         while self.next_wave <= self.step + cluster.waves_ahead:
-            lengths_PG = draw(cluster.lengths, cluster.prompts_per_step, cluster.group_size, self.lengths)
+            held = 0 if cluster.partial_tokens is None else len(self.groups)
+            lengths_PG = draw(cluster.lengths, cluster.prompts_per_step - held, cluster.group_size, self.lengths)
             if self.next_wave < cluster.steps:
                 self.drawn_tokens += int(lengths_PG.sum())
+                self.drawn_groups += len(lengths_PG)
             answers += self._new(lengths_PG, math.inf if cluster.late == "drop" else self.next_wave + slack)
             self.next_wave += 1
         self._dispatch(answers)
@@ -182,17 +185,14 @@ class Pipeline:
         return kept + self._new(draw(cluster.lengths, len(late), cluster.group_size, self.spare), math.inf)
 
     def _wait(self, now: float) -> float:
-        """Until there is enough to train; where nothing else moves, answers that may add no more go on all the same."""
+        """Until there is enough to train."""
         while not self._is_ready():
-            if self.active or not self.parked:
-                now = max(now, self._event()[0])
-                continue
-            parked, self.parked = self.parked, []
-            for index in self._dispatch(parked):
-                self._wake(index, now)
+            now = max(now, self._event()[0])
         return max(now, self.latest)
 
     def _is_ready(self) -> bool:
+        if self.cluster.partial_tokens is not None:
+            return not self.active and not self.homeless
         return not self.open_of[self.step] and len(self.whole) >= self.cluster.prompts_per_step
 
     def _choose(self) -> list[Pending]:
@@ -215,15 +215,13 @@ class Pipeline:
         self.whole = [group for group in self.whole if group.id not in gone]
         tokens = sum(group.written for group in groups)
         stale = self.step * tokens - sum(group.version_sum for group in groups)
-        return tokens, stale, self.step - int(min(group.oldest for group in groups))
+        return tokens, stale, self.step - int(min((group.oldest for group in groups), default=self.step))
 
     # What happens to replicas.
 
     def _limit(self, answer: Answer) -> int:
-        left, partial = answer.length - answer.written, self.cluster.partial_tokens
-        if partial is None or self.groups[answer.group].due <= self.step:
-            return left
-        return min(left, partial)
+        left, part = answer.length - answer.written, self.cluster.partial_tokens
+        return left if part is None else min(left, part)
 
     def _halt(self, now: float) -> float:
         """Stop all replicas; when the last of them has stopped."""
@@ -378,6 +376,7 @@ class Pipeline:
             work=self._work(),
             trained=self.trained,
             drawn_tokens=self.drawn_tokens,
+            drawn_groups=self.drawn_groups,
             dropped_tokens=self.dropped_tokens,
             dropped_groups=self.dropped_groups,
             open_tokens=on_its_way,

@@ -45,7 +45,7 @@ class Figures:
     dropped_frac: float
     """Tokens thrown away as too stale, over tokens generated."""
     length_bias: float
-    """Mean length of trained answers over that of as many answers in the order in which they were given out, less 1."""
+    """Mean length of trained answers over that of all that were given out for these steps, less 1."""
     answer_s: float
     """Seconds of an answer in its slot."""
     deaths: int
@@ -57,13 +57,17 @@ def simulated(cluster: Cluster) -> Result:
 
 
 def first_counted(cluster: Cluster) -> int:
-    """The first step that means are over.
+    """The first step that means are over; in parts, none before the longest answers can be whole.
 
     >>> [first_counted(Cluster(steps=10, max_staleness=k)) for k in (0, 1, 2, 12)]
     [1, 2, 4, 9]
+    >>> first_counted(Cluster(steps=100, max_staleness=0, partial_tokens=1024))
+    16
     """
     burst = cluster.waves_ahead + 1
     filled = burst + (cluster.steps - burst) % burst
+    if cluster.partial_tokens is not None:
+        filled = min(-(-cluster.lengths.max_new_tokens // cluster.partial_tokens), cluster.steps // 2)
     return filled if filled < cluster.steps else cluster.steps - 1
 
 
@@ -72,9 +76,10 @@ def figures(result: Result) -> Figures:
     cluster, work = result.cluster, result.work
     steps = result.steps[first_counted(cluster) :]
     num, seconds = len(steps), steps[-1].end - steps[0].begin
-    trained = sum(step.tokens for step in steps)
-    every_step = sum(step.tokens for step in result.steps)
-    drawn, whole_s = result.drawn_tokens, result.steps[-1].end * cluster.num_replicas
+    trained = max(1, sum(step.tokens for step in steps))
+    of_trained = sum(step.tokens for step in result.steps) / max(1, len(result.trained))
+    of_drawn = result.drawn_tokens / result.drawn_groups
+    whole_s = result.steps[-1].end * cluster.num_replicas
     rate = trained * cluster.train.kept_frac / seconds
     return Figures(
         step_s=seconds / num,
@@ -92,7 +97,7 @@ def figures(result: Result) -> Figures:
         read_again_frac=work.read_again / work.generated,
         lost_frac=work.lost / work.generated,
         dropped_frac=result.dropped_tokens / work.generated,
-        length_bias=every_step / drawn - 1,
+        length_bias=of_trained / of_drawn - 1,
         answer_s=work.stay_s / max(1, work.left),
         deaths=result.deaths,
     )

@@ -82,7 +82,7 @@ def relaxed(cluster: Cluster, values: dict[str, int | str | None]) -> dict[str, 
     k = int(values["max_staleness"] or 0)
     found: dict[str, int | str | bool | None] = {**values}
     found["ahead"] = None if cluster.ahead is None else min(k, cluster.ahead)
-    if not k:
+    if k:
         found["partial_tokens"] = None
     return found
 

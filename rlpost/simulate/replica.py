@@ -89,7 +89,7 @@ class Replica:
     def __init__(self, rates: Rates, prompt: int, limit: Callable[[Answer], int]) -> None:
         self.rates, self.prompt = rates, prompt
         self.limit = limit
-        """Tokens that an answer may add before the next update."""
+        """Tokens that an answer may add in its next stay here."""
         self.time, self.steps = 0.0, 0
         """The end of the last decode step, and how many there were."""
         self.running: list[tuple[int, int, Answer]] = []

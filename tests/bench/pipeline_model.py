@@ -63,9 +63,11 @@ def compare(run: Path, others: Sequence[Path], rates: Sequence[Path]) -> dict[st
 
 
 def measured(run: Path, cluster: Cluster) -> dict[str, float]:
-    """Means over the run's steps, the same ones that a simulation counts."""
-    steps = measured_steps(read_history(run))
-    steps = steps[max(0, first_counted(cluster) - 1) :] or steps
+    """Means over a run's steps, in whole bursts, but not those in which a pipeline fills or empties."""
+    steps, burst = measured_steps(read_history(run)), cluster.waves_ahead + 1
+    first = first_counted(cluster) - 1 if cluster.partial_tokens else burst - 1
+    num = (len(steps) - first - (burst - 1)) // burst * burst
+    steps = steps[first : first + num] or steps
     return {
         "step_s": mean(row["time/step_s"] for row in steps),
         "wait_s": mean(row["time/generate_s"] for row in steps),
