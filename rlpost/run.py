@@ -81,12 +81,9 @@ class Run:
     critic: Critic | None
     objective: Objective
     evaluator: Evaluator | None
-    metrics: Metrics
     accounts: Accounts
-    noise: NoiseScale
     trackers: Trackers
     samples: Samples
-    pipeline: Pipeline
     chosen: Chosen
     checkpoints: Checkpoints
     lookout: Lookout = field(default_factory=Lookout)
@@ -100,12 +97,18 @@ class Run:
     evals: dict[str, Any] = field(default_factory=dict)
     """Held-out figures `before` and `after`."""
     health: Health = field(init=False)
+    metrics: Metrics = field(init=False)
+    noise: NoiseScale = field(init=False)
+    pipeline: Pipeline = field(init=False)
     evaluation_due: bool = False
     """Whether the evaluation after the newest whole step is still to be done: the run was asked to leave in it."""
 
     def __post_init__(self) -> None:
-        """What follows from the recipe alone."""
-        self.health = Health(self.recipe.failure)
+        """What follows from the recipe and the parts."""
+        recipe, world = self.recipe, self.world
+        self.health, self.metrics = Health(recipe.failure), Metrics(world)
+        self.noise = NoiseScale(world, every=recipe.logging.noise_every, group_size=recipe.sampling.group_size)
+        self.pipeline = make_pipeline(recipe.generator, in_threads=self.generator.concurrent)
 
     def close(self) -> None:
         """End what lives beside the loop, the generator last."""
@@ -189,12 +192,9 @@ def assemble(recipe: Recipe, world: World, clock: Clock) -> Run:
         critic=critic,
         objective=Objective(recipe.algorithm, world),
         evaluator=evaluator,
-        metrics=Metrics(world),
         accounts=accounts,
-        noise=NoiseScale(world, every=recipe.logging.noise_every, group_size=recipe.sampling.group_size),
         trackers=Trackers(folder, recipe, world),
         samples=Samples(folder, recipe.logging.samples_per_step),
-        pipeline=make_pipeline(recipe.generator, in_threads=generator.concurrent),
         chosen=make_chosen(recipe, folder, train_tasks, world),
         checkpoints=make_checkpoints(recipe, folder, world),
         task_keys=frozenset(task.key for task in train_tasks),

@@ -101,7 +101,9 @@ def test_other_names_or_shapes_are_another_checksum() -> None:
 
 
 def test_only_the_newest_set_is_kept_and_what_a_dead_run_left_is_removed(trainer, tmp_path: Path) -> None:
-    names = [Path(trainer.publish()["path"]).name for _ in range(3)]
+    names = [Path(trainer.publish()["path"]).name for _ in range(2)]
+    trainer.source.weights["more"] = torch.ones(100)
+    names.append(Path(trainer.publish()["path"]).name)
     assert [one.name for one in tmp_path.iterdir()] == names[-1:]
     (tmp_path / "rlpost-weights-dead-1-1").write_bytes(b"x")
     alive = os.open(tmp_path / "rlpost-weights-alive-1-1", os.O_RDWR | os.O_CREAT)

@@ -125,7 +125,7 @@ class ShmEngine(WeightTransferEngine[ShmInit, ShmUpdate]):
     def receive_weights(self, update_info: ShmUpdate) -> None:
         """Map the file, compare its checksum, and load from it."""
         with open(update_info.path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | mmap.MAP_POPULATE)
+            mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)  # populated, it would be a copy
         buffer = torch.frombuffer(mapped, dtype=torch.uint8)
         if (found := update_info.sum_of(buffer)) != update_info.checksum:
             raise ValueError(f"checksum of {update_info.path} must be {update_info.checksum} (got {found})")
@@ -166,15 +166,14 @@ class ShmTrainerInit(TrainerInitInfo):
 
 
 class ShmTrainer(TrainerWeightTransferEngine[ShmTrainerInit]):
-    """The trainer's side. The newest set stays until the next, so that a server that comes back can be given it."""
+    """The trainer's side. The newest set stays until the run ends: a server that comes back can be given it."""
 
     init_info_cls = ShmTrainerInit
 
     def __init__(self, init: ShmTrainerInit, *, client: VLLMWeightSyncClient, source: WeightSource | None) -> None:
         super().__init__(client=client, source=source, is_sender=init.is_sender)
         self.run, self.writes = init.run, init.writes
-        self.rounds = 0
-        self._held: tuple[Path, int] | None = None
+        self._held: tuple[Path, int, Tensor] | None = None
 
     @classmethod
     def trainer_init(
@@ -197,21 +196,18 @@ class ShmTrainer(TrainerWeightTransferEngine[ShmTrainerInit]):
     def publish(self) -> dict[str, Any] | None:
         """Write the weights as they are now, on every rank in step; what servers must be told, of a rank that writes.
 
-        The set before this one is removed: no server may be loading it.
+        They go over those before them. A server that is just taking these in sees it by the checksum, and is told anew.
         """
         assert self.source is not None
-        self.rounds += 1
         if not self.writes:
             for _ in self.source:
                 pass
             return None
         meta = self.source.metadata()
-        path = SHM / f"{PREFIX}{self.run}-{os.getpid()}-{self.rounds}"
+        path = SHM / f"{PREFIX}{self.run}-{os.getpid()}"
         dtypes = [str(one.dtype).removeprefix("torch.") for one in meta]
         update = ShmUpdate(str(path), [one.name for one in meta], dtypes, [list(one.shape) for one in meta], "")
-        self.remove()
-        handle, buffer = _create(path, update.offsets()[1])
-        self._held = path, handle
+        buffer = self._buffer(path, update.offsets()[1])
         places = update.tensors(buffer)
         with torch.no_grad():
             for (name, place), (given, tensor) in zip(places, self.source, strict=True):
@@ -220,10 +216,16 @@ class ShmTrainer(TrainerWeightTransferEngine[ShmTrainerInit]):
         update.checksum = update.sum_of(buffer)
         return asdict(update)
 
+    def _buffer(self, path: Path, size: int) -> Tensor:
+        if self._held is None or len(self._held[2]) != size:
+            self.remove()
+            self._held = path, *_create(path, size)
+        return self._held[2]
+
     def remove(self) -> None:
         """Remove the newest set."""
         if self._held is not None:
-            path, handle = self._held
+            path, handle, _ = self._held
             path.unlink(missing_ok=True)
             os.close(handle)
             self._held = None
