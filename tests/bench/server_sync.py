@@ -126,9 +126,8 @@ def main() -> int:
     print(f"| {found['bytes'] / 1e6:.0f} MB | ms | times the copy |\n|---|---|---|")
     for part in ("copy", "clone", "update", "load", "write"):
         print(f"| {part} | {1000 * found[part]:.0f} | {found[part] / found['copy']:.2f} |")
-    print(
-        f"the server stands still for {found['update'] / found['copy']:.2f} copies, {found['update'] / found['clone']:.2f} clones; the target is below {TARGET:g}"
-    )
+    times = " and ".join(f"{found['update'] / found[part]:.2f} times a {part}" for part in ("copy", "clone"))
+    print(f"the server stands still for {times}; the target is below {TARGET:g}")
     if options.out:
         options.out.write_text(json.dumps(found | {"machine": machine(), "versions": versions()}, indent=1))
     return 0
