@@ -123,12 +123,13 @@ def test_servers_want_the_key_and_serve_nothing_before_they_have_weights(served:
     assert (state["version"], state["open"]) == (None, False)
 
 
-def test_a_run_that_is_killed_resumes_to_the_same_figures(served: Served) -> None:
+def test_a_run_that_is_cut_off_resumes_to_the_same_figures(served: Served) -> None:
     lab, asked = served.lab, [*OWN, f"generator.servers.urls={json.dumps(served.urls)}", "steps=3", "save_every=1"]
     whole = train(lab, "whole", *asked)
     train(lab, "cut", *asked, "steps=1")
     assert train(lab, "cut", *asked, "resume=auto") == whole
-    assert [line["servers/alive"] for line in whole] == [2, 2, 2] and whole[-1]["canary/logp_diff_max"] < 1e-5
+    steps = [line for line in whole if "servers/alive" in line]
+    assert [line["servers/alive"] for line in steps] == [2, 2, 2] and steps[-1]["canary/logp_diff_max"] < 1e-5
 
 
 @pytest.mark.parametrize("mode", ["recompute", "wait", "keep"])
