@@ -61,7 +61,7 @@ def _log_pipeline(run: Run, step: int, groups: Sequence[Group]) -> None:
         waited = step - group.begun
         metrics.mean("pipeline/age_mean", waited)
         metrics.max("pipeline/age_max", waited)
-        name = "pipeline/length_early" if waited < pipeline.ahead else "pipeline/length_due"
+        name = "pipeline/length_early" if waited < pipeline.bound else "pipeline/length_due"
         metrics.means(name, [len(rollout.token_ids) for rollout in group.by_policy])
         changed = [bool(rollout.later_versions) for rollout in group.by_policy]
         metrics.means("pipeline/several_versions_frac", [float(one) for one in changed])

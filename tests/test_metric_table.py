@@ -62,6 +62,7 @@ RUNS = {
     "tools": [
         *(COIN, "steps=1", "rollout={use: calculator, begin: '+', end: '=', result: '{}', error: '0'}"),
     ],
+    "ahead": [HELPED, "steps=2", "algorithm.name=dapo", "algorithm.groups.max_waves=2", "generator.max_staleness=1"],
     "luffy": [*LONG, "algorithm.name=luffy", "steps=1"],
 }
 
