@@ -101,6 +101,15 @@ def test_where_no_server_comes_back_the_run_ends_with_one_message(make: Make) ->
         run(fleet)
 
 
+def test_a_thread_that_waits_for_answers_ends_with_the_run(make: Make) -> None:
+    fleet, _ = make(("die",), start_s=60.0)
+    threading.Timer(0.3, fleet.end).start()
+    started = time.monotonic()
+    with pytest.raises(RunError, match="the run has ended"):
+        run(fleet)
+    assert time.monotonic() - started < 20
+
+
 def test_a_server_that_comes_back_with_other_weights_than_it_was_given_ends_the_run(make: Make) -> None:
     fleet, [server] = make(("die",))
     server.scores = -0.7

@@ -127,6 +127,7 @@ class Call:
         try:
             while waiting or self._streams:
                 poll()
+                self.fleet.check_used()
                 if waiting and (servers := self.fleet.alive):
                     self._send(waiting, servers, version())
                     waiting, until = [], 0.0

@@ -81,8 +81,14 @@ class Fleet:
             replica.alive = True
         self._keeper.start()
 
+    def check_used(self) -> None:
+        """Raise where the run has let go of its servers: a thread that waits for answers has nobody to bring them to."""
+        if self._ended.is_set():
+            raise RunError("generator.servers: the run has ended, and its servers are not asked for anything more")
+
     def wait_a_moment(self, until: float, what: str) -> None:
         """Sleep a little on the way to something that may not come."""
+        self.check_used()
         if self.error is not None:
             raise self.error
         if (problem := self.problem()) is not None:
