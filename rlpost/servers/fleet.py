@@ -82,7 +82,7 @@ class Fleet:
         self._keeper.start()
 
     def check_used(self) -> None:
-        """Raise where the run has let go of its servers: a thread that waits for answers has nobody to bring them to."""
+        """Raise where the run has let go of its servers: a thread that waits for answers has nobody to tell."""
         if self._ended.is_set():
             raise RunError("generator.servers: the run has ended, and its servers are not asked for anything more")
 
