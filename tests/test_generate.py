@@ -364,7 +364,7 @@ def vllm(request):
 @pytest.mark.slow
 def test_vllm_ends_what_goes_round_in_circles_and_where_a_request_says(vllm):
     check_circles(vllm["circles"], vllm["others"])
-    assert vllm["limited"] == [3] * 5 + [SAMPLING.max_new_tokens] * 4
+    assert max(vllm["limited"][:5]) == 3 and max(vllm["limited"][5:]) > 3  # the model's own end may come first
 
 
 @pytest.mark.slow

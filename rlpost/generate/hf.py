@@ -122,7 +122,7 @@ class HfGenerator:
         return found_N
 
     def _rollout(self, request: Request, ids: list[int], logp: list[float], sampling: Sampling) -> Rollout:
-        end, reason = ended(ids, sampling)
+        end, reason = ended(ids, sampling, limit=request.max_new_tokens(sampling))
         if (stopped := first_stop(ids[:end], sampling.stop, self.renderer.decode)) is not None:
             end, reason = stopped[0], "stop"
         return request.rollout(
@@ -134,16 +134,16 @@ class HfGenerator:
         )
 
 
-def ended(ids: Sequence[int], sampling: Sampling) -> tuple[int, FinishReason]:
+def ended(ids: Sequence[int], sampling: Sampling, *, limit: int) -> tuple[int, FinishReason]:
     """How many of the tokens that a row was given belong to its answer, and why that ended; the limit comes first.
 
-    >>> ended([5, 1, 7], Sampling(3, stop_ids=(1,))), ended([5, 5, 7], Sampling(3, repeats=(2, 1)))
+    >>> ended([5, 1, 7], Sampling(3, stop_ids=(1,)), limit=3), ended([5, 5], Sampling(3, repeats=(2, 1)), limit=3)
     ((2, 'stop'), (2, 'repetition'))
     """
     for i, token in enumerate(ids, 1):
         if token in sampling.stop_ids:
             return i, "stop"
-        if sampling.repeats is not None and i < len(ids) and circles(ids[:i], *sampling.repeats):
+        if sampling.repeats is not None and i < limit and circles(ids[:i], *sampling.repeats):
             return i, "repetition"
     return len(ids), "length"
 
