@@ -88,6 +88,7 @@ def test_servers_end_where_the_process_that_started_them_is_killed(tmp_path: Pat
     parent.kill()
     parent.wait()
     until(lambda: left(pid) == 0)
+    assert left(pid) == 0
 
 
 def test_a_server_that_does_not_start_is_given_up_and_its_log_is_repeated(tmp_path: Path) -> None:
