@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import nursery
+
 if TYPE_CHECKING:
     from rlpost.world import World
 
@@ -105,19 +107,20 @@ def hear_interrupts() -> None:
 
 
 def rlpost(
-    lab: Path, *arguments: str, ranks: int = 1, accident: str = "", timeout_s: int = 400
+    lab: Path, *arguments: str, ranks: int = 1, accident: str = "", timeout_s: int = 400, anew: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m rlpost COMMAND tiny.yaml ...` from another folder, under torchrun where there are several ranks."""
+    """`python -m rlpost COMMAND tiny.yaml ...` from another folder; `anew` by an interpreter of its own (`nursery`)."""
     command, *rest = arguments
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     recipe = [] if command == "export" else [str(lab / "tiny.yaml"), f"run_dir={lab / 'runs'}"]
-    joined = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in joined}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCIDENT": accident}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCIDENT": accident}
+    argv, cwd = [command, *recipe, *rest], lab / "elsewhere"
+    if not anew:
+        return nursery.run_module("rlpost", *argv, env=env, cwd=cwd, ranks=ranks, timeout_s=timeout_s)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return subprocess.run(
-        [sys.executable, *torchrun, "-m", "rlpost", command, *recipe, *rest],
-        cwd=lab / "elsewhere",
-        env=environment,
+        [sys.executable, *torchrun, "-m", "rlpost", *argv],
+        cwd=cwd,
+        env=env,
         capture_output=True,
         text=True,
         timeout=timeout_s,
@@ -126,9 +129,9 @@ def rlpost(
     )
 
 
-def train(lab: Path, name: str, *overrides: str, ranks: int = 1, accident: str = "") -> list[dict[str, Any]]:
+def train(lab: Path, name: str, *overrides: str, ranks: int = 1, anew: bool = False) -> list[dict[str, Any]]:
     """Train to the end, and return what the run logged of every step."""
-    done = rlpost(lab, "train", f"name={name}", *overrides, ranks=ranks, accident=accident)
+    done = rlpost(lab, "train", f"name={name}", *overrides, ranks=ranks, anew=anew)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return logged(lab, name)
 

@@ -1,4 +1,4 @@
-"""Runs a function of a test file on several ranks under `torchrun`, and returns what each of them returned.
+"""Runs a function of a test file on several ranks (`nursery`), and returns what each of them returned.
 
 The function takes the started `World` and JSON keyword arguments, and returns JSON.
 """
@@ -7,48 +7,24 @@ import gc
 import importlib
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import nursery
 
 ROOT = Path(__file__).parent.parent
 
 
 def run_ranks(function, *, num_ranks=2, timeout_s=270, **arguments):
-    """`function`'s result on every rank, in the order of ranks; processes are stopped by their id when time is up."""
+    """`function`'s result on every rank, in the order of ranks."""
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     with tempfile.TemporaryDirectory() as folder:
-        name = f"{function.__module__}:{function.__qualname__}"
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
-        command += ["--master-addr=127.0.0.1", f"--master-port={_free_port()}"]
-        command += [__file__, name, json.dumps(arguments), folder]
-        _run(command, timeout_s)
+        argv = ["ranks", f"{function.__module__}:{function.__qualname__}", json.dumps(arguments), folder]
+        done = nursery.run_module(*argv, env=env, ranks=num_ranks, timeout_s=timeout_s)
+        assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(num_ranks)]
-
-
-def _run(command, timeout_s):
-    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in ours}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            code = process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            code = f"not ended after {timeout_s} s"
-        finally:
-            if process.poll() is None:
-                process.terminate()  # torchrun ends its ranks, which have sessions of their own
-                process.wait(60)
-        output.seek(0)
-        assert code == 0, f"{code}\n{output.read()[-6000:]}"
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _main(name, arguments, folder):

@@ -18,7 +18,7 @@ def test_killed_run_resumes_to_the_same_figures_and_weights(lab) -> None:
     assert killed.returncode == -signal.SIGKILL
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-000002"]
 
-    assert train(lab, "killed", "resume=auto") == logged(lab, "first")
+    assert train(lab, "killed", "resume=auto", anew=True) == logged(lab, "first")
     ours, theirs = weights(lab, "killed", 4), weights(lab, "first", 4)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
+import nursery
 import pytest
 from lab import ROOT
 from synth_lab import rows_of, write_recipe
@@ -22,10 +21,8 @@ def run(folder, *more, trigger=None):
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     if trigger is not None:
         environment["ACCIDENT"] = str(trigger)
-    command = [sys.executable, "-m", "rlpost", "synth", str(folder / "lab.yaml"), f"run_dir={folder / 'runs'}", *more]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250, check=False
-    )
+    command = ["synth", str(folder / "lab.yaml"), f"run_dir={folder / 'runs'}", *more]
+    return nursery.run_module("rlpost", *command, env=environment, cwd=folder, timeout_s=250)
 
 
 @pytest.fixture(scope="module")

@@ -200,7 +200,8 @@ def repack_head(worker: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def _set_environment(*, on_cpu: bool) -> None:
+def set_environment(*, on_cpu: bool) -> None:
+    """What vLLM reads when it is imported."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if on_cpu:
@@ -211,7 +212,7 @@ def _set_environment(*, on_cpu: bool) -> None:
 def start(recipe: Recipe, folder: Path, context: int, world: World, *, weights: str = "dummy") -> Any:
     """A `vllm.LLM`, with the trainer's weights to come (`dummy`) or those of the folder (`auto`)."""
     on_cpu = world.device.type == "cpu"
-    _set_environment(on_cpu=on_cpu)
+    set_environment(on_cpu=on_cpu)
     from vllm import LLM
 
     features = probe()
