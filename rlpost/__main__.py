@@ -33,14 +33,6 @@ if TYPE_CHECKING:
 BAD_RECIPE, FAILED, INTERRUPTED = 2, 1, 130
 """Exit codes, beside PREEMPTED."""
 GO_ON = "go on from the last checkpoint with resume=auto"
-
-
-SLOW_BFLOAT16 = (
-    "note: model.dtype=bfloat16 is slow here, as this CPU has no instructions for it (products took 9 times as long as "
-    "in float32 where it was measured): model.dtype=float32 is faster, in twice the memory"
-)
-
-
 DIFFICULTY = "how difficult the training tasks are, by sampling; a file that curricula read"
 
 
@@ -203,11 +195,14 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """`rlpost check`."""
+    from rlpost.notes import of_recipe
     from rlpost.recipe import to_yaml
     from rlpost.tasks import load_task_sets
 
     recipe = checked(options)
     train_tasks, eval_tasks = load_task_sets(recipe, offline=True)
+    for note in of_recipe(recipe):
+        print(f"note: {note}", file=sys.stderr)
     if options.plan:
         show_plan(recipe, train_tasks, options.device)
     if options.dry_run:
@@ -336,13 +331,13 @@ def checked(options: argparse.Namespace) -> Recipe:
 
 def shown(recipe: Recipe, world: World) -> Recipe:
     """Print the resolved recipe, once, and what is to be said of it on this machine."""
-    from rlpost.devices import multiplies_bfloat16
+    from rlpost.notes import of_machine, of_recipe
     from rlpost.recipe import to_yaml
 
     if world.is_main:
         print(to_yaml(recipe), flush=True)
-        if recipe.model.dtype == "bfloat16" and not multiplies_bfloat16():
-            print(SLOW_BFLOAT16, file=sys.stderr, flush=True)
+        for note in (*of_recipe(recipe), *of_machine(recipe)):
+            print(f"note: {note}", file=sys.stderr, flush=True)
     return recipe
 
 

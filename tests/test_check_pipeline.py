@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 
+from rlpost.__main__ import main
 from rlpost.check import check
 from rlpost.recipe import load
 
+QUICKSTART = Path(__file__).parent.parent / "recipes/quickstart.yaml"
 PARTS = "generator.partial_tokens=20"
 
 
 def problems(*overrides):
-    return check(load(Path(__file__).parent.parent / "recipes/quickstart.yaml", overrides))
+    return check(load(QUICKSTART, overrides))
 
 
 @pytest.mark.parametrize(
@@ -56,3 +58,23 @@ def test_what_goes_together_has_no_problem(overrides):
 def test_what_does_not_is_named_with_the_way_out(overrides, message):
     found = problems(*overrides)
     assert any(message in problem for problem in found), found
+
+
+PLAIN = "algorithm.mismatch={mode: decoupled, weights: []}"
+WEIGHTED = "algorithm.mismatch={mode: decoupled, weights: [{use: tis_token}]}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "noted"),
+    [
+        ([PLAIN, "generator.max_staleness=2"], ["generator.max_staleness=2"]),
+        ([PLAIN, PARTS], ["generator.partial_tokens=20"]),
+        ([PLAIN], []),
+        ([WEIGHTED, "generator.max_staleness=2"], []),
+        (["generator.max_staleness=2"], []),
+    ],
+)
+def test_rollouts_of_older_weights_without_any_correction_are_noted(capsys, overrides, noted):
+    assert main(["check", str(QUICKSTART), *overrides]) == 0
+    said = [line.split()[1] for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert said == noted

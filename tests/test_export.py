@@ -24,7 +24,7 @@ STATES = [(0, "float32"), (1, "bfloat16"), (2, "float32"), (3, "float32"), (3, "
 def test_exported_folder_gives_the_logits_of_the_trained_policy(lab) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    done = rlpost(lab, "export", str(lab / "runs/first"))
+    done = rlpost(lab, "export", str(lab / "runs/first"), anew=True)
     assert (done.returncode, done.stderr) == (0, "")
     folder = lab / "runs/first/model"
     assert done.stdout.splitlines()[-1] == f"model: {folder}"
@@ -42,7 +42,7 @@ def test_exported_folder_gives_the_logits_of_the_trained_policy(lab) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_export_of_a_folder_that_is_no_run_says_so(lab) -> None:
-    done = rlpost(lab, "export", str(lab / "mylab"))
+    done = rlpost(lab, "export", str(lab / "mylab"), anew=True)
     assert done.returncode == 1
     assert done.stderr == (
         f"error: {lab / 'mylab'} must be the folder of a run (it has no recipe.yaml): name one such as "

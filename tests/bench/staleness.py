@@ -3,8 +3,9 @@
 python -m tests.bench.staleness --seeds 81 82 83 84 85
 
 Rollouts are begun k steps ahead by vLLM in the trainer's process, so a run's staleness is exactly k and two runs of a
-seed are equal. Without correction the loss takes rollouts for the present policy's; with it a token counts by
-pi / mu, at most 2 (`tis_token`). Runs go two at a time with one thread each; what is in `--out` is not run again.
+seed are equal. Without correction the loss takes rollouts for the present policy's. Clipped, as by default, PPO's
+bounds are around the policy mu that wrote them. Corrected, a token counts by pi / mu, at most 2 (`tis_token`). Runs go
+two at a time with one thread each; what is in `--out` is not run again.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from tests.bench import runs
 from tests.bench.curricula import interval
 
 RECIPE = "recipes/quickstart.yaml"
+BYPASS = ["algorithm.mismatch={mode: bypass, weights: []}"]
 NONE = ["algorithm.mismatch={mode: decoupled, weights: []}"]
 WEIGHTS = ["algorithm.mismatch={mode: decoupled, weights: [{use: tis_token}]}"]
 ARMS = {
     "k = 0": NONE,
     "k = 1": [*NONE, "generator.max_staleness=1"],
+    "k = 1, clipped": [*BYPASS, "generator.max_staleness=1"],
     "k = 1, corrected": [*WEIGHTS, "generator.max_staleness=1"],
     "k = 4": [*NONE, "generator.max_staleness=4"],
+    "k = 4, clipped": [*BYPASS, "generator.max_staleness=4"],
     "k = 4, corrected": [*WEIGHTS, "generator.max_staleness=4"],
 }
 
