@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import nursery
-
 if TYPE_CHECKING:
     from rlpost.world import World
 
@@ -115,6 +113,8 @@ def rlpost(
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCIDENT": accident}
     argv, cwd = [command, *recipe, *rest], lab / "elsewhere"
     if not anew:
+        import nursery  # here, as benchmarks make labs as well, and have no tests on their path
+
         return nursery.run_module("rlpost", *argv, env=env, cwd=cwd, ranks=ranks, timeout_s=timeout_s)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return subprocess.run(
