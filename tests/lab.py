@@ -112,15 +112,15 @@ def rlpost(
     recipe = [] if command == "export" else [str(lab / "tiny.yaml"), f"run_dir={lab / 'runs'}"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCIDENT": accident}
     argv, cwd = [command, *recipe, *rest], lab / "elsewhere"
-    if not anew:
-        import nursery  # here, as benchmarks make labs as well, and have no tests on their path
+    import nursery  # here, as benchmarks make labs as well, and have no tests on their path
 
+    if not anew:
         return nursery.run_module("rlpost", *argv, env=env, cwd=cwd, ranks=ranks, timeout_s=timeout_s)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return subprocess.run(
         [sys.executable, *torchrun, "-m", "rlpost", *argv],
         cwd=cwd,
-        env=env,
+        env=nursery.outside(env),
         capture_output=True,
         text=True,
         timeout=timeout_s,

@@ -42,8 +42,7 @@ def run_module(
     module: str, *arguments: str, env: Mapping[str, str], cwd: Path = ROOT, ranks: int = 1, timeout_s: float = 400
 ) -> subprocess.CompletedProcess[str]:
     """`python -m MODULE ARGUMENTS`, on some ranks; where one of them fails the others are told to end."""
-    joined = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {key: value for key, value in env.items() if key not in joined}
+    env = outside(env)
     if ranks > 1:
         env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -54,6 +53,12 @@ def run_module(
         codes = run([one | {"env": env | place} for place in mine], timeout_s)
         worst = next((code for code in codes if code), 0)
         return subprocess.CompletedProcess(argv, worst, out.read(), err.read())
+
+
+def outside(env: Mapping[str, str]) -> dict[str, str]:
+    """An environment without the ranks that a test's own process may have joined."""
+    joined = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {key: value for key, value in env.items() if key not in joined}
 
 
 def free_port() -> int:
