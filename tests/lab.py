@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -99,33 +98,26 @@ def make_lab(folder: Path) -> Path:
     return folder
 
 
-def hear_interrupts() -> None:
-    """Undo what a shell does to a job in the background, whose children never see Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def rlpost(
     lab: Path, *arguments: str, ranks: int = 1, accident: str = "", timeout_s: int = 400, anew: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m rlpost COMMAND tiny.yaml ...` from another folder; `anew` by an interpreter of its own (`nursery`)."""
+    """`python -m rlpost COMMAND tiny.yaml ...` from another folder; `anew`: one rank, by an interpreter of its own."""
+    import nursery  # here, as benchmarks make labs as well, and have no tests on their path
+
     command, *rest = arguments
     recipe = [] if command == "export" else [str(lab / "tiny.yaml"), f"run_dir={lab / 'runs'}"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCIDENT": accident}
     argv, cwd = [command, *recipe, *rest], lab / "elsewhere"
-    import nursery  # here, as benchmarks make labs as well, and have no tests on their path
-
     if not anew:
         return nursery.run_module("rlpost", *argv, env=env, cwd=cwd, ranks=ranks, timeout_s=timeout_s)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return subprocess.run(
-        [sys.executable, *torchrun, "-m", "rlpost", *argv],
+        [sys.executable, "-m", "rlpost", *argv],
         cwd=cwd,
         env=nursery.outside(env),
         capture_output=True,
         text=True,
         timeout=timeout_s,
         check=False,
-        preexec_fn=hear_interrupts,
     )
 
 

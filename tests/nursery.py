@@ -15,7 +15,6 @@ import os
 import runpy
 import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -42,10 +41,12 @@ def run_module(
     module: str, *arguments: str, env: Mapping[str, str], cwd: Path = ROOT, ranks: int = 1, timeout_s: float = 400
 ) -> subprocess.CompletedProcess[str]:
     """`python -m MODULE ARGUMENTS`, on some ranks; where one of them fails the others are told to end."""
+    from rlpost.servers.command import free_ports
+
     env = outside(env)
     if ranks > 1:
         env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1, "127.0.0.1", None)[0])}
     argv = [module, *arguments]
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
         one = {"argv": argv, "out": out.name, "err": err.name, "cwd": str(cwd)}
@@ -59,13 +60,6 @@ def outside(env: Mapping[str, str]) -> dict[str, str]:
     """An environment without the ranks that a test's own process may have joined."""
     joined = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {key: value for key, value in env.items() if key not in joined}
-
-
-def free_port() -> int:
-    """One that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run(processes: Sequence[dict[str, Any]], timeout_s: float) -> list[int]:
